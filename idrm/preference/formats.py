@@ -1,0 +1,180 @@
+"""One raw preference record, whatever its format, becomes two lists of messages.
+
+Formats, told apart by the record's keys and the types of their values (names as in TRL):
+
+- HH-RLHF dialogue: `chosen` and `rejected` are whole strings "\\n\\nHuman: ...\\n\\nAssistant: ..." (a `prompt` may have
+  been split off);
+- `prompt`, `chosen`, `rejected` strings, or `chosen` and `rejected` strings alone, whose common beginning is the prompt;
+- conversational: `chosen` and `rejected` are lists of {"role", "content"}, with the prompt inside them or in `prompt`;
+- TL;DR comparison: `info` (the post), `summaries` (two texts) and `choice` (0 or 1).
+
+A `margin` (how much better chosen is) may stand beside any of them.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from idrm.errors import InputError
+
+Message = dict[str, str]
+
+_DIALOGUE_START = re.compile(r"\s*(?:Human|System):")
+_TURN = re.compile(r"\A\s*(Human|System):|\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+
+
+def convert_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert one record of any supported format.
+
+    Returns {"chosen": messages, "rejected": messages, "conversational": bool, "margin": float | None}, a message being
+    {"role": str, "content": str}. The last message of each list is the response, those before it are the prompt.
+    `conversational` is False for pairs of bare strings, whose plain rendering is the concatenation of the contents.
+
+    Raises InputError, without saying which record it was, for missing keys and for values of a wrong type.
+    """
+    present = {key: value for key, value in record.items() if value is not None}
+    margin = _margin(present.get("margin"))
+    if {"info", "summaries", "choice"} <= present.keys():
+        chosen, rejected = _comparison(present)
+        conversational = False
+    elif not {"chosen", "rejected"} <= present.keys():
+        found = ", ".join(repr(key) for key in present) or "none"
+        raise InputError(
+            f"expected the keys 'chosen' and 'rejected' (or 'info', 'summaries' and 'choice'), found {found}"
+        )
+    elif isinstance(present["chosen"], str) and isinstance(present["rejected"], str):
+        chosen, rejected, conversational = _strings(present)
+    else:
+        chosen, rejected = (_conversation(present, side) for side in ("chosen", "rejected"))
+        conversational = True
+    return {"chosen": chosen, "rejected": rejected, "conversational": conversational, "margin": margin}
+
+
+def drop_reason(pair: Mapping[str, Any]) -> str | None:
+    """Why a converted pair cannot be learnt from: "empty_response", "identical_responses", or None if it can.
+
+    White space at the ends of a content makes no difference: most chat templates strip it.
+    """
+    if any(not messages or not messages[-1]["content"].strip() for messages in (pair["chosen"], pair["rejected"])):
+        return "empty_response"
+    chosen, rejected = (
+        [(message["role"], message["content"].strip()) for message in messages]
+        for messages in (pair["chosen"], pair["rejected"])
+    )
+    return "identical_responses" if chosen == rejected else None
+
+
+def _margin(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"expected a finite number as 'margin', found {value!r}")
+    return float(value)
+
+
+def _is_dialogue(text: str) -> bool:
+    return bool(_DIALOGUE_START.match(text)) and "\n\nAssistant:" in text
+
+
+def _dialogue(text: str) -> list[Message]:
+    """Split an HH dialogue at its role headers. White space around a turn says nothing and goes."""
+    headers = list(_TURN.finditer(text))
+    ends = [header.start() for header in headers[1:]] + [len(text)]
+    return [
+        {"role": _ROLES[header[1] or header[2]], "content": text[header.end() : end].strip()}
+        for header, end in zip(headers, ends, strict=True)
+    ]
+
+
+def _continued_dialogue(prompt: str, response: str) -> list[Message]:
+    if prompt.rstrip().endswith("\n\nAssistant:") or response.startswith("\n\nAssistant:"):
+        return _dialogue(prompt + response)
+    return [*_dialogue(prompt), {"role": "assistant", "content": response.strip()}]
+
+
+def _strings(record: Mapping[str, Any]) -> tuple[list[Message], list[Message], bool]:
+    chosen, rejected, prompt = record["chosen"], record["rejected"], record.get("prompt")
+    if not isinstance(prompt, str | None):
+        raise InputError(f"expected a string as 'prompt' beside string responses, found {type(prompt).__name__}")
+    if _is_dialogue(chosen) and _is_dialogue(rejected) and chosen.startswith(prompt or ""):
+        return _dialogue(chosen), _dialogue(rejected), True
+    if prompt is None:
+        prompt, chosen, rejected = _split_common_beginning(chosen, rejected)
+    elif _DIALOGUE_START.match(prompt):
+        return _continued_dialogue(prompt, chosen), _continued_dialogue(prompt, rejected), True
+    messages = [{"role": "user", "content": prompt}] if prompt else []
+    return (
+        [*messages, {"role": "assistant", "content": chosen}],
+        [*messages, {"role": "assistant", "content": rejected}],
+        False,
+    )
+
+
+def _split_common_beginning(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """TRL's implicit prompt: what both strings begin with, cut back to a word's end that leaves both a response."""
+    common = len(os.path.commonprefix([chosen, rejected]))
+    end = next(
+        (
+            i
+            for i in range(min(common, len(chosen) - 1, len(rejected) - 1), 0, -1)
+            if chosen[i].isspace() and rejected[i].isspace() and chosen[i:].strip() and rejected[i:].strip()
+        ),
+        0,
+    )
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _conversation(record: Mapping[str, Any], side: str) -> list[Message]:
+    messages, prompt = _messages(record[side], side), record.get("prompt")
+    if prompt is None:
+        return messages
+    if not isinstance(prompt, str):
+        return _messages(prompt, "prompt") + messages
+    if messages and messages[0]["role"] != "assistant":  # the prompt repeated as a column of its own
+        return messages
+    return [{"role": "user", "content": prompt}, *messages]
+
+
+def _messages(value: Any, key: str) -> list[Message]:
+    expected = f"expected a list of {{'role', 'content'}} messages with string values as {key!r}"
+    if not isinstance(value, list):
+        raise InputError(f"{expected}, found {type(value).__name__}")
+    for message in value:
+        if not isinstance(message, Mapping):
+            raise InputError(f"{expected}, found a list of {type(message).__name__}")
+        for field in ("role", "content"):
+            if not isinstance(message.get(field), str):
+                raise InputError(f"{expected}, found a message with {field} {message.get(field)!r:.80}")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _comparison(record: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+    """A TL;DR comparison; the post is worded as in "Learning to summarize from human feedback", arXiv 2009.01325."""
+    info, summaries, choice = record["info"], record["summaries"], record["choice"]
+    if not isinstance(info, Mapping) or not (info.get("post") or info.get("article")):
+        raise InputError("expected 'info' to hold a 'post' or an 'article'")
+    if (
+        not isinstance(summaries, list)
+        or len(summaries) != 2
+        or not all(isinstance(summary, Mapping) and isinstance(summary.get("text"), str) for summary in summaries)
+    ):
+        raise InputError("expected 'summaries' to be two objects with a string 'text'")
+    if choice not in (0, 1):
+        raise InputError(f"expected 0 or 1 as 'choice', found {choice!r}")
+    parts = [
+        f"{label}: {info[key]}"
+        for label, key in (("SUBREDDIT", "subreddit"), ("TITLE", "title"), ("POST", "post"), ("ARTICLE", "article"))
+        if info.get(key)
+    ]
+    if info.get("subreddit"):
+        parts[0] = f"SUBREDDIT: r/{info['subreddit'].removeprefix('r/')}"
+    prompt = {"role": "user", "content": "\n\n".join([*parts, "TL;DR:"])}
+    chosen, rejected = (
+        [prompt, {"role": "assistant", "content": " " + summaries[index]["text"].strip()}]
+        for index in (choice, 1 - choice)
+    )
+    return chosen, rejected
