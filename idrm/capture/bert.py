@@ -1,0 +1,56 @@
+"""BERT-like encoders: queries and keys as they enter transformers' attention interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from idrm.capture.interface import SUPPORTED_IMPLEMENTATIONS, AttentionRecorder
+from idrm.errors import InputError
+from idrm_kernels import PackedAttention
+
+
+class BertFamily:
+    """How a BERT-like teacher is loaded and read; see ``idrm.capture.teacher.TeacherFamily``."""
+
+    model_types = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+
+    # Their position ids start after the pad token's id, and they skip padding by themselves.
+    counts_positions = ("camembert", "roberta", "xlm-roberta")
+
+    def __init__(self, model: PreTrainedModel, blocks: Mapping[int, nn.Module]):
+        implementation = model.config._attn_implementation
+        if implementation not in SUPPORTED_IMPLEMENTATIONS:
+            raise InputError(
+                f"teacher: attention implementation {implementation!r} is unknown; expected one of "
+                + ", ".join(SUPPORTED_IMPLEMENTATIONS)
+            )
+        self._model = model
+        modules = {getattr(block.attention, "self", block.attention): layer for layer, block in blocks.items()}
+        self._recorder = AttentionRecorder(modules, "teacher")
+
+    @classmethod
+    def load_arguments(cls, config: PretrainedConfig) -> dict[str, Any]:
+        return {} if config.model_type in ("distilbert", "electra") else {"add_pooling_layer": False}
+
+    @classmethod
+    def max_length(cls, config: PretrainedConfig) -> int | None:
+        reserved = config.pad_token_id + 1 if config.model_type in cls.counts_positions else 0
+        return config.max_position_embeddings - reserved
+
+    def attention(
+        self, model_inputs: dict[str, Tensor], token_index: Tensor, positions: Tensor
+    ) -> dict[int, PackedAttention]:
+        with self._recorder.recording():
+            self._model(**model_inputs)
+        return {
+            layer: PackedAttention(
+                q=block.query.transpose(1, 2).flatten(0, 1)[token_index],
+                k=block.key.transpose(1, 2).flatten(0, 1)[token_index],
+                softmax_scale=block.softmax_scale,
+            )
+            for layer, block in self._recorder.take().items()
+        }

@@ -1,0 +1,235 @@
+"""The frozen encoder whose attention is distilled."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import deepspeed as deepspeed_integration
+
+from idrm.capture.bert import BertFamily
+from idrm.capture.deberta import DebertaFamily
+from idrm.capture.layers import resolve_layers
+from idrm.errors import InputError
+from idrm_kernels import PackedAttention
+
+if TYPE_CHECKING:
+    from idrm.collator import InteractionInputs
+
+logger = logging.getLogger(__name__)
+
+
+class TeacherFamily(Protocol):
+    """What a family of encoders must provide; a new one is a module beside ``bert`` and ``deberta`` and an entry below.
+
+    Attributes:
+        model_types: the ``config.model_type`` values that it covers.
+        counts_positions: those of them that derive position ids from the padding themselves.
+    """
+
+    model_types: tuple[str, ...]
+    counts_positions: tuple[str, ...]
+
+    def __init__(self, model: PreTrainedModel, blocks: Mapping[int, nn.Module]):
+        """Watches these blocks of the model, by layer. Raises InputError for an attention it cannot represent."""
+
+    @classmethod
+    def load_arguments(cls, config: PretrainedConfig) -> dict[str, Any]:
+        """Arguments of from_pretrained that leave unused parts of the model out."""
+
+    @classmethod
+    def max_length(cls, config: PretrainedConfig) -> int | None:
+        """Most tokens, special ones included, that the model can read; None where there is no limit."""
+
+    def attention(
+        self, model_inputs: dict[str, Tensor], token_index: Tensor, positions: Tensor
+    ) -> dict[int, PackedAttention]:
+        """Runs the model and packs the tokens of ``token_index`` (flat into batch * tokens) by layer."""
+
+
+FAMILIES: tuple[type[TeacherFamily], ...] = (BertFamily, DebertaFamily)
+
+
+class Teacher:
+    """A frozen encoder that yields its attention, never as maps, for the supervised layers.
+
+    Deliberately no nn.Module: it belongs to no optimiser, no ZeRO partition and no checkpoint.
+
+    Attributes:
+        tokenizer: its fast tokenizer.
+        layers: the supervised layers, counted from 0, in the order asked for.
+        num_heads: attention heads of each layer.
+        max_length: most tokens, special ones included, that it can read; None where there is no limit (DeBERTa).
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Iterable[int] = (-1,)):
+        config = model.config
+        family = _family_of(config, "teacher")
+        encoder = model.transformer if config.model_type == "distilbert" else model.encoder
+        self.layers = resolve_layers(layers, len(encoder.layer), "teacher")
+        self.tokenizer = tokenizer
+        self.num_heads: int = config.num_attention_heads
+        self.max_length = family.max_length(config)
+        # Nothing above the highest supervised layer reaches the loss.
+        encoder.layer = encoder.layer[: max(self.layers) + 1]
+        self._model = model.eval().requires_grad_(False)
+        self._family = family(model, {layer: encoder.layer[layer] for layer in self.layers})
+        self._counts_positions = config.model_type in family.counts_positions
+        self._reads_token_types = (
+            getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in tokenizer.model_input_names
+        )
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str,
+        *,
+        layers: Iterable[int] = (-1,),
+        attn_implementation: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Teacher:
+        """Loads a teacher from a sequence classification or base checkpoint, whole even where ZeRO-3 is configured.
+
+        Args:
+            name_or_path: hub name or folder, with safetensors weights and a fast tokenizer.
+            layers: supervised layers, negative ones from the end.
+            attn_implementation: of a BERT-like teacher; None leaves the choice to transformers. DeBERTa has eager only.
+            dtype: None keeps the checkpoint's.
+
+        Raises InputError for a checkpoint that cannot be read, a family without support, a slow tokenizer or a layer
+        beyond the depth; warns if the checkpoint is no NLI classifier.
+        """
+        with _refusals(f"teacher {name_or_path!r}: cannot load the configuration"):
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        family = _family_of(config, f"teacher {name_or_path!r}")
+        with _refusals(f"teacher {name_or_path!r}: cannot load a fast tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, use_fast=True, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"teacher {name_or_path!r}: {type(tokenizer).__name__} is a slow tokenizer; expected a fast one "
+                "(tokenizer.json), whose character offsets align the two tokenisations"
+            )
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise InputError(f"teacher {name_or_path!r}: no vocabulary found; expected a tokenizer beside the weights")
+
+        arguments = family.load_arguments(config)
+        if attn_implementation is not None:
+            arguments["attn_implementation"] = attn_implementation
+        with (
+            _refusals(f"teacher {name_or_path!r}: cannot load the model from safetensors weights"),
+            _whole(),
+            _without_load_report(),
+        ):
+            model, loading = AutoModel.from_pretrained(
+                name_or_path,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **arguments,
+            )
+        if loading["missing_keys"]:
+            missing = sorted(loading["missing_keys"])
+            raise InputError(
+                f"teacher {name_or_path!r}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, "
+                f"among them {missing[0]}"
+            )
+        if not _is_nli_classifier(config):
+            logger.warning(
+                "teacher %r is no NLI classifier (architectures %s, labels %s); Id-RM distils from an encoder "
+                "fine-tuned on NLI, and an untuned teacher is much worse",
+                name_or_path,
+                config.architectures,
+                list(config.id2label.values()),
+            )
+        return cls(model, tokenizer, layers)
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Moves the teacher, in place."""
+        self._model.to(device)
+        return self
+
+    @torch.no_grad()
+    def attention(self, inputs: InteractionInputs) -> list[PackedAttention]:
+        """The attention of the supervised layers over a batch's content tokens, one entry per layer of ``layers``.
+
+        Args:
+            inputs: on the teacher's device. Read are teacher_input_ids, teacher_attention_mask and
+                teacher_token_type_ids (batch, tokens) int64; teacher_index (teacher_total_tokens,) int64, flat into
+                batch * tokens; teacher_positions (teacher_total_tokens,) int32, position in the joint input.
+
+        Returns PackedAttention with q and k (teacher_total_tokens, num_heads, head_dim) in the model's dtype and,
+        for DeBERTa, its DisentangledBias. Padding on either side changes nothing.
+
+        Raises ValueError for inputs beyond max_length.
+        """
+        length = inputs.teacher_input_ids.shape[1]
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(f"teacher_input_ids: expected at most {self.max_length} tokens, got {length}")
+        model_inputs = {"input_ids": inputs.teacher_input_ids, "attention_mask": inputs.teacher_attention_mask}
+        if self._reads_token_types:
+            model_inputs["token_type_ids"] = inputs.teacher_token_type_ids
+        if not self._counts_positions:
+            model_inputs["position_ids"] = (inputs.teacher_attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        packed = self._family.attention(model_inputs, inputs.teacher_index, inputs.teacher_positions)
+        return [packed[layer] for layer in self.layers]
+
+
+def _family_of(config: PretrainedConfig, whose: str) -> type[TeacherFamily]:
+    for family in FAMILIES:
+        if config.model_type in family.model_types:
+            return family
+    supported = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
+    raise InputError(f"{whose}: model type {config.model_type!r} is not supported; expected one of {supported}")
+
+
+def _is_nli_classifier(config: PretrainedConfig) -> bool:
+    classifies = any("ForSequenceClassification" in name for name in config.architectures or ())
+    return classifies and any("entail" in str(label).lower() for label in config.id2label.values())
+
+
+@contextlib.contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turns what transformers raises for a bad checkpoint into one line."""
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Hides a ZeRO-3 configuration, under which from_pretrained would partition the model's weights."""
+    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    configured = None if reference is None else reference()
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if configured is not None:
+            deepspeed_integration.set_hf_deepspeed_config(configured)
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silences the report of weights left out on purpose (heads, poolers); missing ones are checked by the caller."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
