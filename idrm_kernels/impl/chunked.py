@@ -1,0 +1,416 @@
+"""Row chunks on any device: loss and gradients in one sweep over the rows, at most one tile of every map at a time.
+
+A chunk is a run of whole units of at most TILE_ROWS student tokens (a longer unit is a chunk of its own, in pieces); heads
+pass through in blocks. What a chunk contains follows from its example alone, never from ``workspace_bytes``, which only
+decides whether the student's probabilities are kept for the gradient or computed again: so the result does not depend on
+it, nor on the other examples of the batch, not in a bit.
+
+With t = TILE_ROWS, N the tokens of an example and H the heads of a group, the live memory beside the inputs and
+gradients is at most workspace_bytes for kept probabilities, two blocks of t x N for some of the heads (HEAD_BLOCK_BYTES
+or one head), a few t x N tiles of averaged maps, and buffers linear in the tokens of one example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from idrm_kernels import reduction
+from idrm_kernels.impl.problem import Attention, LossOptions, LossOutput, MapProblem
+
+TILE_ROWS = 64
+# One block of heads of a tile: near a core's second-level cache on a CPU, enough work per launch on an accelerator.
+CPU_HEAD_BLOCK_BYTES, ACCELERATOR_HEAD_BLOCK_BYTES = 1 << 20, 8 << 20
+
+
+class UnitRuns(NamedTuple):
+    """Consecutive units as runs of tokens: ``offsets`` counts from their first token; None where a unit is a token."""
+
+    offsets: Tensor | None
+    token_counts: Tensor | None
+
+    @classmethod
+    def of(cls, side: Attention, units: range) -> UnitRuns:
+        """The runs of some units on one side."""
+        first, last = side.unit_offsets[units.start], side.unit_offsets[units.stop]
+        if last - first == len(units):
+            return cls(None, None)
+        offsets = side.device_unit_offsets[units.start : units.stop + 1] - first
+        return cls(offsets, offsets.diff())
+
+    def summed(self, tokens: Tensor) -> Tensor:
+        """(units, ...) from (tokens, ...)."""
+        if self.offsets is None:
+            return tokens
+        return torch.segment_reduce(tokens.contiguous(), "sum", offsets=self.offsets, axis=0, unsafe=True)
+
+    def averaged(self, tokens: Tensor) -> Tensor:
+        """(units, ...) from (tokens, ...), the mean over each unit's tokens."""
+        if self.offsets is None:
+            return tokens
+        return self.summed(tokens) / self.token_counts[:, None].to(tokens.dtype)
+
+    def spread(self, units: Tensor, num_tokens: int) -> Tensor:
+        """(tokens, ...) from (units, ...): every token gets its unit's values."""
+        if self.offsets is None:
+            return units
+        return units.repeat_interleave(self.token_counts, dim=0, output_size=num_tokens)
+
+
+class GroupAttention:
+    """The queries and keys of one head group on one support: the keys that a softmax runs over.
+
+    Attributes:
+        heads: number of query heads in the group.
+        num_keys: tokens of the support.
+        k: (heads, num_keys, head_dim) in the compute dtype, keys repeated for the query heads that share them.
+    """
+
+    def __init__(self, side: Attention, group: int, num_head_groups: int, units: range, dtype: torch.dtype):
+        num_heads = side.q.shape[1]
+        self.side = side
+        self.dtype = dtype
+        self.heads = num_heads // num_head_groups
+        self.first_head = group * self.heads
+        self.first_key, self.last_key = side.unit_offsets[units.start], side.unit_offsets[units.stop]
+        self.num_keys = self.last_key - self.first_key
+        shared = num_heads // side.k.shape[1]
+        self.kv_heads = [head // shared for head in range(self.first_head, self.first_head + self.heads)]
+        k = side.k[self.first_key : self.last_key, self.kv_heads[0] : self.kv_heads[-1] + 1].to(dtype)
+        k = k.repeat_interleave(shared, dim=1)[:, self.first_head % shared :][:, : self.heads]
+        self.k = k.transpose(0, 1).contiguous()
+        self.key_runs = UnitRuns.of(side, units)
+        on_cpu = side.q.device.type == "cpu"
+        block_bytes = CPU_HEAD_BLOCK_BYTES if on_cpu else ACCELERATOR_HEAD_BLOCK_BYTES
+        head_bytes = TILE_ROWS * max(self.num_keys, 1) * dtype.itemsize
+        self.block = max(1, min(self.heads, block_bytes // head_bytes))
+
+    def head_blocks(self) -> Iterator[slice]:
+        """Slices over the heads of the group."""
+        for first in range(0, self.heads, self.block):
+            yield slice(first, min(first + self.block, self.heads))
+
+    def queries(self, rows: range, heads: slice) -> Tensor:
+        """(heads of the block, rows, head_dim), contiguous whatever the packing."""
+        first, last = self.first_head + heads.start, self.first_head + heads.stop
+        q = self.side.q[rows.start : rows.stop, first:last]
+        return q.to(self.dtype).transpose(0, 1).contiguous()
+
+    def probabilities(self, rows: range, heads: slice) -> Tensor:
+        """Softmax over the support: (heads of the block, rows, num_keys)."""
+        scores = torch.bmm(self.queries(rows, heads), self.k[heads].transpose(1, 2)).mul_(self.side.softmax_scale)
+        if self.side.positions is not None:
+            self.add_position_bias(scores, rows, heads)
+        if self.side.causal:
+            keys = torch.arange(self.first_key, self.last_key, device=scores.device)
+            queries = torch.arange(rows.start, rows.stop, device=scores.device)
+            scores.masked_fill_(keys > queries[:, None], -torch.inf)
+        scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        return scores.div_(scores.sum(-1, keepdim=True))
+
+    def add_position_bias(self, scores: Tensor, rows: range, heads: slice) -> None:
+        """Adds c2p and p2c of DESIGN section 2.2."""
+        side = self.side
+        own = slice(self.first_head + heads.start, self.first_head + heads.stop)
+        queries, keys = slice(rows.start, rows.stop), slice(self.first_key, self.last_key)
+        limit = side.slot_of_delta.numel() // 2
+        delta = side.positions[queries].long()[:, None] - side.positions[keys].long()
+        slots = side.slot_of_delta[delta.clamp_(-limit, limit).add_(limit)].long()
+        if side.c2p is not None:
+            table = side.c2p[queries, own].to(self.dtype).transpose(0, 1)
+            scores.add_(table.gather(2, slots.expand_as(scores)))
+        if side.p2c is not None:
+            table = side.p2c[keys, own].to(self.dtype).transpose(0, 1)
+            by_key = slots.T.expand(scores.shape[0], -1, -1)
+            scores.add_(table.gather(2, by_key).transpose(1, 2))
+
+    def merged_rows(self, units: range, kept: list[Tensor] | None = None) -> Tensor:
+        """U (units, units of the support): heads averaged, keys of a unit summed, rows of a unit averaged.
+
+        Probabilities are appended to ``kept``, piece by piece and block by block, where a list is given.
+        """
+        tokens = []
+        for rows in self.pieces(units):
+            total = self.k.new_zeros(len(rows), self.num_keys)
+            for heads in self.head_blocks():
+                block = self.probabilities(rows, heads)
+                total.add_(block.sum(0))
+                if kept is not None:
+                    kept.append(block)
+            by_key = total.div_(self.heads).T
+            tokens.append(self.key_runs.summed(by_key).T)
+        return UnitRuns.of(self.side, units).averaged(torch.cat(tokens))
+
+    def pieces(self, units: range) -> Iterator[range]:
+        """The tokens of some units in ranges of at most TILE_ROWS."""
+        first, last = self.side.unit_offsets[units.start], self.side.unit_offsets[units.stop]
+        for start in range(first, last, TILE_ROWS):
+            yield range(start, min(start + TILE_ROWS, last))
+
+
+class Chunk:
+    """Some unit rows against one support: their distances, and what their gradient needs."""
+
+    def __init__(self, problem: MapProblem, student: GroupAttention, teacher: Tensor, units: range, needs_grad: bool):
+        rows = student.side.unit_offsets[units.stop] - student.side.unit_offsets[units.start]
+        tile_bytes = student.heads * rows * student.num_keys * student.dtype.itemsize
+        self.problem = problem
+        self.student = student
+        self.units = units
+        self.kept = [] if needs_grad and tile_bytes <= problem.workspace_bytes else None
+        self.map = student.merged_rows(units, self.kept)
+        self.teacher = teacher
+
+    def distances(self, columns: list[slice]) -> Tensor:
+        """(units, segments of the support)."""
+        if self.problem.metric == "l2":
+            entries = (self.map - self.teacher).square_()
+        else:
+            entries = torch.xlogy(self.teacher, self.teacher).sub_(self.teacher).add_(self.map)
+            entries.sub_(self.map.clamp_min(1e-30).log_().mul_(self.teacher))
+        return torch.stack([entries[:, y].sum(1) for y in columns], dim=1).clamp_min_(0)
+
+    def map_gradient(self) -> Tensor:
+        """d distance / d U (units, units of the support)."""
+        if self.problem.metric == "l2":
+            return (self.map - self.teacher).mul_(2)
+        quotient = self.teacher / self.map.clamp_min(1e-30)
+        return 1 - quotient.masked_fill_(self.map <= 1e-30, 0)
+
+    def add_gradients(self, components: Sequence[Tensor], dq: Tensor, dk: Tensor, first_row: int) -> None:
+        """Adds this chunk's part of the gradients of some components.
+
+        Args:
+            components: each (units, units of the support), the derivative of one scalar by U.
+            dq: (components, tokens of the query segment, heads, head_dim); first_row is its first token.
+            dk: (components, heads, tokens of the support, head_dim).
+        """
+        student, offsets = self.student, self.student.side.unit_offsets
+        scale = student.side.softmax_scale
+        num_rows = offsets[self.units.stop] - offsets[self.units.start]
+        unit_rows = UnitRuns.of(student.side, self.units)
+        spread = []
+        for component in components:
+            component = component / student.heads
+            if unit_rows.token_counts is not None:
+                component = component / unit_rows.token_counts[:, None]
+            by_key = student.key_runs.spread(component.T, student.num_keys)
+            spread.append(unit_rows.spread(by_key.T, num_rows).contiguous())
+        kept = iter(self.kept) if self.kept is not None else None
+        for rows in student.pieces(self.units):
+            piece = slice(rows.start - offsets[self.units.start], rows.stop - offsets[self.units.start])
+            own = slice(rows.start - first_row, rows.stop - first_row)
+            for heads in student.head_blocks():
+                p = next(kept) if kept is not None else student.probabilities(rows, heads)
+                q = student.queries(rows, heads)
+                for index, d_probabilities in enumerate(spread):
+                    d_scores = p * d_probabilities[piece]
+                    delta = d_scores.sum(-1, keepdim=True)
+                    torch.sub(d_probabilities[piece], delta, out=d_scores)
+                    d_scores.mul_(p)
+                    dq[index, own, heads] += torch.bmm(d_scores, student.k[heads]).mul_(scale).transpose(0, 1)
+                    dk[index, heads] += torch.bmm(d_scores.transpose(1, 2), q).mul_(scale)
+
+
+class Block:
+    """The rows of one segment against one support, for one head group: a sweep over chunks."""
+
+    def __init__(self, problem: MapProblem, example: int, group: int, rows: range, columns: list[range]):
+        units = range(columns[0].start, columns[-1].stop)
+        self.problem = problem
+        self.group = group
+        self.rows = rows
+        self.units = units
+        self.columns = [slice(y.start - units.start, y.stop - units.start) for y in columns]
+        self.student = GroupAttention(problem.student, group, problem.num_head_groups, units, problem.dtype)
+        if problem.maps is None:
+            self.teacher = GroupAttention(problem.teacher, group, problem.num_head_groups, units, problem.dtype)
+        else:
+            self.first_stored_row = first = problem.example_segments(example)[0].start
+            self.stored = problem.maps[example, group, :, units.start - first : units.stop - first]
+
+    def chunks(self, needs_grad: bool) -> Iterator[Chunk]:
+        """Runs of whole units of at most TILE_ROWS student tokens; a longer unit alone."""
+        offsets = self.student.side.unit_offsets
+        start = self.rows.start
+        while start < self.rows.stop:
+            stop = start + 1
+            while stop < self.rows.stop and offsets[stop + 1] - offsets[start] <= TILE_ROWS:
+                stop += 1
+            units = range(start, stop)
+            yield Chunk(self.problem, self.student, self.teacher_rows(units), units, needs_grad)
+            start = stop
+
+    def teacher_rows(self, units: range) -> Tensor:
+        """The teacher's U for some unit rows (units, units of the support)."""
+        if self.problem.maps is None:
+            return self.teacher.merged_rows(units)
+        first = self.first_stored_row
+        return self.stored[units.start - first : units.stop - first].to(self.problem.dtype)
+
+    def gradient_buffers(self, components: int) -> tuple[Tensor, Tensor]:
+        """Zeros for dq and dk of some components, as Chunk.add_gradients takes them."""
+        offsets = self.student.side.unit_offsets
+        heads, num_keys, head_dim = self.student.k.shape
+        num_rows = offsets[self.rows.stop] - offsets[self.rows.start]
+        dq = self.student.k.new_zeros(components, num_rows, heads, head_dim)
+        return dq, self.student.k.new_zeros(components, heads, num_keys, head_dim)
+
+    @property
+    def first_row(self) -> int:
+        """The first token of the query segment."""
+        return self.student.side.unit_offsets[self.rows.start]
+
+
+class ExampleGradients:
+    """dq and dk of one example in the compute dtype, written out when all its blocks are done."""
+
+    def __init__(self, problem: MapProblem, example: int):
+        segments, offsets = problem.example_segments(example), problem.student.unit_offsets
+        self.first, self.last = offsets[segments[0].start], offsets[segments[-1].stop]
+        self.dq, self.dk = (
+            tensor.new_zeros((self.last - self.first, *tensor.shape[1:]), dtype=problem.dtype)
+            for tensor in (problem.q, problem.k)
+        )
+
+    def add(self, block: Block, dq: Tensor, dk: Tensor) -> None:
+        """Adds a block's (rows, heads, head_dim) and (heads, keys, head_dim)."""
+        student = block.student
+        row, key = block.first_row - self.first, student.first_key - self.first
+        heads = slice(student.first_head, student.first_head + student.heads)
+        self.dq[row : row + dq.shape[0], heads] += dq
+        for index, kv_head in enumerate(student.kv_heads):
+            self.dk[key : key + student.num_keys, kv_head] += dk[index]
+
+    def write(self, dq: Tensor, dk: Tensor) -> None:
+        """Copies the sums into the gradients of the whole batch, in their dtype."""
+        dq[self.first : self.last] = self.dq
+        dk[self.first : self.last] = self.dk
+
+
+def example_blocks(problem: MapProblem, example: int) -> Iterator[tuple[int, list[int], Block]]:
+    """(x, ys, Block) for the query segments and supports of an example that hold any units, per head group."""
+    segments = problem.example_segments(example)
+    indices = list(range(problem.segments))
+    supports = [indices] if problem.normalization == "joint" else [[y] for y in indices]
+    for group in range(problem.num_head_groups):
+        for x, rows in enumerate(segments):
+            for ys in supports:
+                columns = [segments[y] for y in ys]
+                if len(rows) and any(columns):
+                    yield x, ys, Block(problem, example, group, rows, columns)
+
+
+def distance(problem: MapProblem) -> Tensor:
+    """Row distances (num_head_groups, total_units, segments)."""
+    shape = (problem.num_head_groups, problem.total_units, problem.segments)
+    distances = torch.zeros(shape, dtype=problem.dtype, device=problem.q.device)
+    for example in range(problem.num_examples):
+        for _, ys, block in example_blocks(problem, example):
+            for chunk in block.chunks(needs_grad=False):
+                rows = distances[block.group, chunk.units.start : chunk.units.stop]
+                rows[:, ys[0] : ys[-1] + 1] = chunk.distances(block.columns)
+    return distances
+
+
+def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor, Tensor]:
+    """dq and dk for the incoming gradient of the row distances."""
+    dq, dk = torch.zeros_like(problem.q), torch.zeros_like(problem.k)
+    for example in range(problem.num_examples):
+        gradients = ExampleGradients(problem, example)
+        for _, ys, block in example_blocks(problem, example):
+            block_dq, block_dk = block.gradient_buffers(components=1)
+            for chunk in block.chunks(needs_grad=True):
+                d_map = chunk.map_gradient()
+                for y, columns in zip(ys, block.columns):
+                    d_map[:, columns] *= coefficients[block.group, chunk.units.start : chunk.units.stop, y, None]
+                chunk.add_gradients([d_map], block_dq, block_dk, block.first_row)
+            gradients.add(block, block_dq[0], block_dk[0])
+        gradients.write(dq, dk)
+    return dq, dk
+
+
+def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
+    """The loss and, where asked for, its gradients, in one sweep.
+
+    A row's coefficient is known as soon as its chunk is done, but for the factor that "frobenius" puts on a whole block:
+    there the gradients of every block are kept apart (components) until its sum is known.
+    """
+    intra = torch.zeros((), dtype=problem.dtype, device=problem.q.device)
+    inter = torch.zeros_like(intra)
+    gradient_tensors = (problem.q, problem.k) if options.needs_grad else (problem.q[:0], problem.k[:0])
+    dq, dk = (torch.zeros_like(tensor, dtype=problem.gradient_dtype) for tensor in gradient_tensors)
+    weights = options.row_weights
+    weights = intra.new_ones(problem.total_units) if weights is None else weights.to(problem.dtype)
+    averaged = problem.num_head_groups * problem.num_examples
+    for example in range(problem.num_examples):
+        gradients = ExampleGradients(problem, example) if options.needs_grad else None
+        for x, ys, block in example_blocks(problem, example):
+            block_weights = [(options.intra_weight if x == y else options.inter_weight) / averaged for y in ys]
+            losses, factors, block_dq, block_dk = sweep(block, options, weights, block_weights)
+            for y, value in zip(ys, losses):
+                if x == y:
+                    intra = intra + value / averaged
+                else:
+                    inter = inter + value / averaged
+            if gradients is not None:
+                total_dq = torch.einsum("c,crhd->rhd", factors, block_dq)
+                gradients.add(block, total_dq, torch.einsum("c,chnd->hnd", factors, block_dk))
+        if gradients is not None:
+            gradients.write(dq, dk)
+    return LossOutput(options.intra_weight * intra + options.inter_weight * inter, intra, inter, dq, dk)
+
+
+def sweep(
+    block: Block, options: LossOptions, weights: Tensor, block_weights: list[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One sweep over a block's rows.
+
+    Returns:
+        The losses (segments of the support,), and the gradients as components with the factor each is still to be
+        multiplied with: one component for each of those losses under "frobenius", else one in all.
+    """
+    rows = slice(block.rows.start, block.rows.stop)
+    total_weight = weights[rows].sum()
+    apart = options.reduction == "frobenius"
+    components = len(block.columns) if apart else 1
+    dq, dk = block.gradient_buffers(components if options.needs_grad else 0)
+    distances = []
+    for chunk in block.chunks(options.needs_grad):
+        chunk_distances = chunk.distances(block.columns)
+        distances.append(chunk_distances)
+        if not options.needs_grad:
+            continue
+        d_map = chunk.map_gradient()
+        chunk_weights = weights[chunk.units.start : chunk.units.stop]
+        parts = d_map.new_zeros(components, *d_map.shape)
+        for index, columns in enumerate(block.columns):
+            coefficients = reduction.row_coefficients(
+                options.reduction, chunk_distances[:, index], chunk_weights, total_weight
+            )
+            coefficients = block_weights[index] * coefficients[:, None]
+            parts[index if apart else 0, :, columns] = d_map[:, columns] * coefficients
+        chunk.add_gradients(parts.unbind(), dq, dk, block.first_row)
+    by_segment = torch.cat(distances).unbind(1)
+    losses = torch.stack([reduction.block_loss(options.reduction, d, weights[rows]) for d in by_segment])
+    factors = reduction.block_factor(options.reduction, losses[:components])
+    return losses, factors, dq, dk
+
+
+def map_row(problem: MapProblem, side: Attention, row: int) -> Tensor:
+    """One unit row of one side's U against all units of its example (num_head_groups, units)."""
+    segment = next(index for index, units in enumerate(problem.segment_units) if row in units)
+    segments = problem.example_segments(segment // problem.segments)
+    whole = range(segments[0].start, segments[-1].stop)
+    supports = [whole] if problem.normalization == "joint" else [units for units in segments if len(units)]
+    groups = []
+    for group in range(problem.num_head_groups):
+        parts = [
+            GroupAttention(side, group, problem.num_head_groups, units, problem.dtype).merged_rows(range(row, row + 1))
+            for units in supports
+        ]
+        groups.append(torch.cat(parts, dim=1)[0])
+    return torch.stack(groups)

@@ -1,0 +1,144 @@
+"""The flat arguments of a registered op, named once; every implementation reads its problem from here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor? teacher_q, Tensor? teacher_k, Tensor? positions, Tensor? slot_of_delta, Tensor? c2p, "
+    "Tensor? p2c, Tensor? maps, Tensor cu_units, Tensor unit_offsets, Tensor teacher_unit_offsets, "
+    "Tensor device_unit_offsets, Tensor teacher_device_unit_offsets, int segments, float softmax_scale, "
+    "float teacher_softmax_scale, bool causal, bool teacher_causal, str metric, str normalization, int num_head_groups, int workspace_bytes"
+)
+LOSS_SCHEMA = "Tensor? row_weights, str reduction, float intra_weight, float inter_weight, bool needs_grad"
+
+
+class Attention(NamedTuple):
+    """One side of a problem: what PackedAttention holds, with the default scale filled in."""
+
+    q: Tensor
+    k: Tensor
+    softmax_scale: float
+    causal: bool
+    positions: Tensor | None
+    slot_of_delta: Tensor | None
+    c2p: Tensor | None
+    p2c: Tensor | None
+    unit_offsets: list[int]
+    device_unit_offsets: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MapProblem:
+    """Student, teacher and layout, in the order of SCHEMA; the counts as MapLayout describes them."""
+
+    q: Tensor
+    k: Tensor
+    teacher_q: Tensor | None
+    teacher_k: Tensor | None
+    positions: Tensor | None
+    slot_of_delta: Tensor | None
+    c2p: Tensor | None
+    p2c: Tensor | None
+    maps: Tensor | None
+    cu_units: Tensor
+    unit_offsets: Tensor
+    teacher_unit_offsets: Tensor
+    device_unit_offsets: Tensor
+    teacher_device_unit_offsets: Tensor
+    segments: int
+    softmax_scale: float
+    teacher_softmax_scale: float
+    causal: bool
+    teacher_causal: bool
+    metric: str
+    normalization: str
+    num_head_groups: int
+    workspace_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in, and the dtype of the distances."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """What unscaled gradients wait in for the incoming scalar: float16 would underflow under a loss scale."""
+        return torch.float32 if self.q.dtype == torch.float16 else self.q.dtype
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of the batch."""
+        return (self.cu_units.numel() - 1) // self.segments
+
+    @property
+    def total_units(self) -> int:
+        """Units of the batch."""
+        return self.unit_offsets.numel() - 1
+
+    @functools.cached_property
+    def segment_units(self) -> list[range]:
+        """The units of every segment of the batch."""
+        bounds = self.cu_units.tolist()
+        return [range(first, last) for first, last in zip(bounds[:-1], bounds[1:])]
+
+    def example_segments(self, example: int) -> list[range]:
+        """The units of every segment of one example."""
+        return self.segment_units[example * self.segments : (example + 1) * self.segments]
+
+    @functools.cached_property
+    def student(self) -> Attention:
+        """The student's side."""
+        return Attention(
+            q=self.q,
+            k=self.k,
+            softmax_scale=self.softmax_scale,
+            causal=self.causal,
+            positions=None,
+            slot_of_delta=None,
+            c2p=None,
+            p2c=None,
+            unit_offsets=self.unit_offsets.tolist(),
+            device_unit_offsets=self.device_unit_offsets,
+        )
+
+    @functools.cached_property
+    def teacher(self) -> Attention:
+        """The teacher's side; only for a teacher whose maps are not stored."""
+        return Attention(
+            q=self.teacher_q,
+            k=self.teacher_k,
+            softmax_scale=self.teacher_softmax_scale,
+            causal=self.teacher_causal,
+            positions=self.positions,
+            slot_of_delta=self.slot_of_delta,
+            c2p=self.c2p,
+            p2c=self.p2c,
+            unit_offsets=self.teacher_unit_offsets.tolist(),
+            device_unit_offsets=self.teacher_device_unit_offsets,
+        )
+
+
+class LossOptions(NamedTuple):
+    """The arguments of the loss beyond those of the distance, in the order of LOSS_SCHEMA."""
+
+    row_weights: Tensor | None
+    reduction: str
+    intra_weight: float
+    inter_weight: float
+    needs_grad: bool
+
+
+class LossOutput(NamedTuple):
+    """What a loss op returns: scalars, and the gradients of ``loss`` (empty where none was asked for)."""
+
+    loss: Tensor
+    intra: Tensor
+    inter: Tensor
+    dq: Tensor
+    dk: Tensor

@@ -1,0 +1,140 @@
+"""torch.library registrations: a private forward and backward op for every implementation, of the loss and the distance.
+
+An op never chooses an implementation, so a dispatcher cannot override an explicit ``impl``. Fake registrations give
+shapes to torch.compile; backward ops are ops too, so that compiled graphs hold them, and refuse to be differentiated.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from idrm_kernels.impl import chunked, reference
+from idrm_kernels.impl.problem import LOSS_SCHEMA, SCHEMA, LossOptions, LossOutput, MapProblem
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "torch": chunked}
+
+
+class Ops(NamedTuple):
+    """The forward ops of one implementation, bound once."""
+
+    distance: Callable[..., Tensor]
+    loss: Callable[..., LossOutput]
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """Autocast would cast the products inside of an op; the contract is that it casts nothing."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        device = next(argument for argument in arguments if isinstance(argument, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return wrapper
+
+
+def _refuse_second_derivative(ctx, *gradients):
+    raise RuntimeError("idrm_kernels: differentiating the attention-map loss or distance twice is not supported")
+
+
+def _define(name: str, schema: str, function: Callable, fake: Callable) -> Callable:
+    qualified = f"idrm_kernels::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, "default")(_without_autocast(function))
+    torch.library.register_fake(qualified)(fake)
+    return getattr(torch.ops.idrm_kernels, name).default
+
+
+def _distance_shape(*arguments) -> Tensor:
+    problem = MapProblem(*arguments)
+    shape = (problem.num_head_groups, problem.total_units, problem.segments)
+    return problem.q.new_empty(shape, dtype=problem.dtype)
+
+
+def _loss_shapes(problem: MapProblem, options: LossOptions) -> LossOutput:
+    scalars = [problem.q.new_empty((), dtype=problem.dtype) for _ in range(3)]
+    gradients = (problem.q, problem.k) if options.needs_grad else (problem.q[:0], problem.k[:0])
+    return LossOutput(*scalars, *(torch.empty_like(tensor, dtype=problem.gradient_dtype) for tensor in gradients))
+
+
+def _register_distance(name: str, module: ModuleType) -> Callable:
+    backward = _define(
+        f"attention_map_distance_{name}_backward",
+        f"(Tensor coefficients, {SCHEMA}) -> (Tensor, Tensor)",
+        lambda coefficients, *arguments: module.distance_backward(coefficients, MapProblem(*arguments)),
+        lambda coefficients, q, k, *rest: (torch.empty_like(q), torch.empty_like(k)),
+    )
+    torch.library.register_autograd(backward, _refuse_second_derivative)
+    forward = _define(
+        f"attention_map_distance_{name}",
+        f"({SCHEMA}) -> Tensor",
+        lambda *arguments: module.distance(MapProblem(*arguments)),
+        _distance_shape,
+    )
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.arguments = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+
+    def differentiate(ctx, coefficients):
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.arguments)]
+        dq, dk = backward(coefficients, *inputs)
+        return dq, dk, *(None for _ in inputs[2:])
+
+    torch.library.register_autograd(forward, differentiate, setup_context=setup_context)
+    return forward
+
+
+def _register_loss(name: str, module: ModuleType) -> Callable:
+    num_options = len(LossOptions._fields)
+
+    def split(arguments) -> tuple[MapProblem, LossOptions]:
+        return MapProblem(*arguments[:-num_options]), LossOptions(*arguments[-num_options:])
+
+    def scaled(gradient: Tensor, dq: Tensor, dk: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return (dq * gradient).to(dtype), (dk * gradient).to(dtype)
+
+    backward = _define(
+        f"attention_map_loss_{name}_backward",
+        "(Tensor gradient, Tensor dq, Tensor dk, ScalarType dtype) -> (Tensor, Tensor)",
+        scaled,
+        lambda gradient, dq, dk, dtype: (torch.empty_like(dq, dtype=dtype), torch.empty_like(dk, dtype=dtype)),
+    )
+    torch.library.register_autograd(backward, _refuse_second_derivative)
+    forward = _define(
+        f"attention_map_loss_{name}",
+        f"({SCHEMA}, {LOSS_SCHEMA}) -> (Tensor loss, Tensor intra, Tensor inter, Tensor dq, Tensor dk)",
+        lambda *arguments: module.loss(*split(arguments)),
+        lambda *arguments: _loss_shapes(*split(arguments)),
+    )
+
+    def setup_context(ctx, inputs, output):
+        problem, options = split(inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[3:])
+        ctx.has_gradients = options.needs_grad
+        ctx.dtype = problem.q.dtype
+        ctx.num_inputs = len(inputs)
+
+    def differentiate(ctx, gradient, *others):
+        if not ctx.has_gradients:
+            raise RuntimeError("idrm_kernels: backward of a loss that was computed with needs_grad=False")
+        dq, dk = backward(gradient, *ctx.saved_tensors, ctx.dtype)
+        return dq, dk, *(None for _ in range(ctx.num_inputs - 2))
+
+    torch.library.register_autograd(forward, differentiate, setup_context=setup_context)
+    return forward
+
+
+OPS = {
+    name: Ops(_register_distance(name, module), _register_loss(name, module))
+    for name, module in IMPLEMENTATIONS.items()
+}

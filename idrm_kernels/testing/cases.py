@@ -1,0 +1,173 @@
+"""Ragged random problems: the cases that tests of every implementation run, and the error rule they are held to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from idrm_kernels.inputs import DisentangledBias, PackedAttention, StoredMaps
+from idrm_kernels.layout import MapLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem and the options to run it with.
+
+    Attributes:
+        lengths: units of every segment of every example.
+        peak: factor on q; large values make peaked maps (attention sinks).
+        merged: whether units hold several tokens, different numbers on both sides.
+        bias: "none", "both", "c2p" or "p2c".
+    """
+
+    lengths: tuple[tuple[int, ...], ...] = ((7, 5), (1, 9))
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 8
+    teacher_heads: int = 2
+    teacher_head_dim: int = 4
+    dtype: torch.dtype = torch.float32
+    merged: bool = False
+    teacher: str = "packed"
+    bias: str = "none"
+    causal: bool = False
+    metric: str = "l2"
+    normalization: str = "block"
+    num_head_groups: int = 1
+    reduction: str = "frobenius"
+    weighted: bool = False
+    intra_weight: float = 1.0
+    inter_weight: float = 1.0
+    peak: float = 1.0
+    softmax_scale: float | None = None
+    seed: int = 0
+
+    @property
+    def map_options(self) -> dict:
+        """Keyword arguments of the distance."""
+        return {
+            "metric": self.metric,
+            "normalization": self.normalization,
+            "num_head_groups": self.num_head_groups,
+        }
+
+    @property
+    def loss_options(self) -> dict:
+        """Keyword arguments of the loss beyond those of the distance and the row weights."""
+        return {
+            "reduction": self.reduction,
+            "intra_weight": self.intra_weight,
+            "inter_weight": self.inter_weight,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The tensors of a case."""
+
+    student: PackedAttention
+    teacher: PackedAttention | StoredMaps
+    layout: MapLayout
+    row_weights: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same values in another dtype (rounded values stay as they are)."""
+
+        def cast(attention: PackedAttention) -> PackedAttention:
+            bias = attention.position_bias
+            if bias is not None:
+                tables = {name: None if table is None else table.to(dtype) for name, table in bias_tables(bias)}
+                bias = dataclasses.replace(bias, **tables)
+            return dataclasses.replace(attention, q=attention.q.to(dtype), k=attention.k.to(dtype), position_bias=bias)
+
+        stored = isinstance(self.teacher, StoredMaps)
+        teacher = StoredMaps(self.teacher.maps.to(dtype)) if stored else cast(self.teacher)
+        return dataclasses.replace(self, student=cast(self.student), teacher=teacher)
+
+    def leaves(self) -> tuple[Problem, Tensor, Tensor]:
+        """The problem with fresh student.q and student.k that require grad, and these two."""
+        q, k = (tensor.detach().clone().requires_grad_() for tensor in (self.student.q, self.student.k))
+        return dataclasses.replace(self, student=dataclasses.replace(self.student, q=q, k=k)), q, k
+
+
+def bias_tables(bias: DisentangledBias) -> list[tuple[str, Tensor | None]]:
+    """The names and values of the two tables."""
+    return [("c2p", bias.c2p), ("p2c", bias.p2c)]
+
+
+def make_problem(case: Case, device: torch.device | str = "cpu") -> Problem:
+    """The tensors of a case, from its seed alone."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device=device, dtype=case.dtype)
+
+    layout, teacher_positions = make_layout(case, generator, device)
+    q = normal(layout.total_tokens, case.num_heads, case.head_dim) * case.peak
+    k = normal(layout.total_tokens, case.num_kv_heads, case.head_dim)
+    student = PackedAttention(q, k, case.softmax_scale, causal=case.causal)
+    if case.teacher == "stored":
+        maps = torch.zeros(layout.num_examples, case.num_head_groups, layout.max_units, layout.max_units)
+        for example in range(layout.num_examples):
+            bounds = layout.cu_units[example * layout.segments : (example + 1) * layout.segments + 1].tolist()
+            size = bounds[-1] - bounds[0]
+            scores = torch.randn(case.num_head_groups, size, size, generator=generator) * case.peak
+            parts = [(a - bounds[0], b - bounds[0]) for a, b in zip(bounds[:-1], bounds[1:])]
+            parts = [(0, size)] if case.normalization == "joint" else parts
+            maps[example, :, :size, :size] = torch.cat([scores[..., a:b].softmax(-1) for a, b in parts], dim=-1)
+        stored_dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
+        teacher = StoredMaps(maps.to(device=device, dtype=stored_dtype))
+    else:
+        teacher_q = normal(layout.teacher_total_tokens, case.teacher_heads, case.teacher_head_dim) * case.peak
+        teacher_k = normal(layout.teacher_total_tokens, case.teacher_heads, case.teacher_head_dim)
+        bias = None
+        if case.bias != "none":
+            slots, max_delta = 5, 3
+            tables = [normal(layout.teacher_total_tokens, case.teacher_heads, slots) for _ in range(2)]
+            slot_of_delta = torch.randint(slots, (2 * max_delta + 1,), generator=generator, dtype=torch.int32)
+            bias = DisentangledBias(
+                positions=teacher_positions.to(device=device, dtype=torch.int32),
+                slot_of_delta=slot_of_delta.to(device),
+                c2p=tables[0] if case.bias in ("both", "c2p") else None,
+                p2c=tables[1] if case.bias in ("both", "p2c") else None,
+            )
+        teacher = PackedAttention(teacher_q, teacher_k, position_bias=bias, causal=case.causal)
+    weights = torch.rand(layout.total_units, generator=generator).to(device) if case.weighted else None
+    return Problem(student, teacher, layout, weights)
+
+
+def make_layout(case: Case, generator: torch.Generator, device: torch.device | str) -> tuple[MapLayout, Tensor]:
+    """The layout of a case and the teacher tokens' positions in a joint input with specials between the segments."""
+    lengths = [length for example in case.lengths for length in example]
+    segments = len(case.lengths[0]) if case.lengths else 2
+    cu_units = [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()] if lengths else [0]
+    total_units = cu_units[-1]
+    sides = []
+    for most in (3, 4) if case.merged else (1, 1):
+        tokens = torch.randint(1, most + 1, (total_units,), generator=generator)
+        cumulative = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
+        sides.append((cumulative[torch.tensor(cu_units)], torch.arange(total_units).repeat_interleave(tokens)))
+    (cu_seqlens, units), (teacher_cu_seqlens, teacher_units) = sides
+    layout = MapLayout.build(
+        cu_seqlens,
+        segments=segments,
+        teacher_cu_seqlens=teacher_cu_seqlens,
+        cu_units=cu_units,
+        unit_of_token=units,
+        teacher_unit_of_token=teacher_units,
+        device=device,
+    )
+    starts = teacher_cu_seqlens[:-1:segments].repeat_interleave(
+        teacher_cu_seqlens[::segments].diff(), output_size=int(teacher_cu_seqlens[-1])
+    )
+    segment = torch.repeat_interleave(teacher_cu_seqlens.diff()) % segments
+    return layout, torch.arange(int(teacher_cu_seqlens[-1])) - starts + segment + 1
+
+
+def error_bound(same_dtype: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The error a kernel may make: twice that of a same-dtype PyTorch version plus one rounding of the largest value."""
+    largest = exact.abs().max() if exact.numel() else exact.new_zeros(())
+    own = (same_dtype.to(exact.dtype) - exact).abs().max() if exact.numel() else exact.new_zeros(())
+    return 2 * (own + torch.finfo(dtype).eps * largest)
