@@ -1,9 +1,9 @@
 """Row chunks on any device: loss and gradients in one sweep over the rows, at most one tile of every map at a time.
 
-A chunk is a run of whole units of at most TILE_ROWS student tokens (a longer unit is a chunk of its own, in pieces); heads
-pass through in blocks. What a chunk contains follows from its example alone, never from ``workspace_bytes``, which only
-decides whether the student's probabilities are kept for the gradient or computed again: so the result does not depend on
-it, nor on the other examples of the batch, not in a bit.
+A chunk is a run of whole units of at most TILE_ROWS student tokens (a longer unit is a chunk of its own, in pieces);
+heads pass through in blocks. What a chunk contains follows from its example alone, never from ``workspace_bytes``,
+which only decides whether the student's probabilities are kept for the gradient or computed again: so the result does
+not depend on it, nor on the other examples of the batch, not in a bit.
 
 With t = TILE_ROWS, N the tokens of an example and H the heads of a group, the live memory beside the inputs and
 gradients is at most workspace_bytes for kept probabilities, two blocks of t x N for some of the heads (HEAD_BLOCK_BYTES
@@ -325,7 +325,7 @@ def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor
             block_dq, block_dk = block.gradient_buffers(components=1)
             for chunk in block.chunks(needs_grad=True):
                 d_map = chunk.map_gradient()
-                for y, columns in zip(ys, block.columns):
+                for y, columns in zip(ys, block.columns, strict=True):
                     d_map[:, columns] *= coefficients[block.group, chunk.units.start : chunk.units.stop, y, None]
                 chunk.add_gradients([d_map], block_dq, block_dk, block.first_row)
             gradients.add(block, block_dq[0], block_dk[0])
@@ -336,8 +336,8 @@ def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor
 def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
     """The loss and, where asked for, its gradients, in one sweep.
 
-    A row's coefficient is known as soon as its chunk is done, but for the factor that "frobenius" puts on a whole block:
-    there the gradients of every block are kept apart (components) until its sum is known.
+    A row's coefficient is known as soon as its chunk is done, but for the factor that "frobenius" puts on a whole
+    block: there the gradients of every block are kept apart (components) until its sum is known.
     """
     intra = torch.zeros((), dtype=problem.dtype, device=problem.q.device)
     inter = torch.zeros_like(intra)
@@ -351,7 +351,7 @@ def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
         for x, ys, block in example_blocks(problem, example):
             block_weights = [(options.intra_weight if x == y else options.inter_weight) / averaged for y in ys]
             losses, factors, block_dq, block_dk = sweep(block, options, weights, block_weights)
-            for y, value in zip(ys, losses):
+            for y, value in zip(ys, losses, strict=True):
                 if x == y:
                     intra = intra + value / averaged
                 else:

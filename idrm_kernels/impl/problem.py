@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ SCHEMA = (
     "Tensor q, Tensor k, Tensor? teacher_q, Tensor? teacher_k, Tensor? positions, Tensor? slot_of_delta, Tensor? c2p, "
     "Tensor? p2c, Tensor? maps, Tensor cu_units, Tensor unit_offsets, Tensor teacher_unit_offsets, "
     "Tensor device_unit_offsets, Tensor teacher_device_unit_offsets, int segments, float softmax_scale, "
-    "float teacher_softmax_scale, bool causal, bool teacher_causal, str metric, str normalization, int num_head_groups, int workspace_bytes"
+    "float teacher_softmax_scale, bool causal, bool teacher_causal, str metric, str normalization, "
+    "int num_head_groups, int workspace_bytes"
 )
 LOSS_SCHEMA = "Tensor? row_weights, str reduction, float intra_weight, float inter_weight, bool needs_grad"
 
@@ -85,7 +87,7 @@ class MapProblem:
     def segment_units(self) -> list[range]:
         """The units of every segment of the batch."""
         bounds = self.cu_units.tolist()
-        return [range(first, last) for first, last in zip(bounds[:-1], bounds[1:])]
+        return [range(first, last) for first, last in itertools.pairwise(bounds)]
 
     def example_segments(self, example: int) -> list[range]:
         """The units of every segment of one example."""

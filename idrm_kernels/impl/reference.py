@@ -47,7 +47,7 @@ class Example:
         return distances.clamp_min(0)
 
     def gradients(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """dq and dk, per query head (num_heads, tokens, head_dim), for coefficients (num_head_groups, units, segments)."""
+        """dq and dk per query head (num_heads, tokens, head_dim); coefficients (num_head_groups, units, segments)."""
         if self.problem.metric == "l2":
             d_map = 2 * (self.student - self.teacher)
         else:
