@@ -1,0 +1,399 @@
+"""What a run is told: every flag with its default and meaning, and the merging of a YAML file with the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from idrm.errors import InputError
+
+RUN_FILE = "run.yaml"
+# Facts of one launch, and secrets: not part of the run that run.yaml describes.
+_NOT_RECORDED = ("config", "local_rank", "resume_from_checkpoint", "hub_token")
+
+
+@dataclass
+class ModelArguments:
+    """The student that becomes the reward model and the teacher that helps in training."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Student: a decoder's folder or hub name. Without model and data, the embedded demonstration runs."
+        },
+    )
+    teacher_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher: a BERT-like or DeBERTa encoder fine-tuned on NLI, folder or hub name; for alpha > 0."
+        },
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32",
+        metadata={
+            "help": "Dtype that the student's weights are loaded in ('auto': as saved). To train in half precision, "
+            "keep float32 and give --bf16 true."
+        },
+    )
+    teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="auto", metadata={"help": "Dtype of the frozen teacher ('auto': as saved)."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "The student's attention: eager, sdpa or flash_attention_2. Default: transformers' choice."},
+    )
+    pad_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Padding token of the student, which must not be its EOS. Default: the tokenizer's own; where it "
+            "has none, a token reserved for padding, else '<|pad|>' is added."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let the student's repository run its own code on this machine."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """The preference pairs."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training pairs: a hub name, a .jsonl, .json, .jsonl.gz or .parquet file, or a folder. Recognised "
+            "are HH-RLHF dialogues, prompt/chosen/rejected strings, conversational lists and TL;DR comparisons."
+        },
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of --dataset_name to train on."})
+    eval_dataset_name: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs to evaluate on. Several are given as name=path; their metrics are called eval_<name>_..."
+        },
+    )
+    eval_dataset_split: str = field(
+        default="test", metadata={"help": "Split of hub names and folders in --eval_dataset_name."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest student sequence in tokens. Default: 1024, or the student's own limit where that is lower."
+        },
+    )
+    teacher_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest teacher input in tokens, both sequences together. Default: the teacher's limit, else 512."
+        },
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise the data. Default: this one."}
+    )
+
+
+@dataclass
+class InteractionArguments:
+    """The interaction loss (DESIGN section 2)."""
+
+    alpha: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the interaction loss: loss = preference loss + alpha * interaction loss. 0 is exactly "
+            "Bradley-Terry, and loads no teacher."
+        },
+    )
+    top_blocks: int | None = field(
+        default=None,
+        metadata={
+            "help": "Supervise the last m blocks of both models, last with last. Default: 1. Not with the lists below."
+        },
+    )
+    student_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Supervised student blocks, paired in order with --teacher_layers; negative: from the end."},
+    )
+    teacher_layers: list[int] | None = field(
+        default=None, metadata={"help": "Teacher blocks, as many as --student_layers. Default of both: -1."}
+    )
+    intra_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the maps within the chosen and within the rejected sequence."}
+    )
+    inter_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the maps between the chosen and the rejected sequence."}
+    )
+    interaction_rows: Literal["all", "response"] = field(
+        default="all",
+        metadata={
+            "help": "Rows of the maps that count: all units, or those of the response only (the prompt stays as keys)."
+        },
+    )
+    num_head_groups: int = field(
+        default=1,
+        metadata={"help": "Groups that heads are averaged in before maps are compared; divides both head counts."},
+    )
+    normalization: Literal["block", "joint"] = field(
+        default="block",
+        metadata={
+            "help": "Softmax over the keys of each sequence alone (block), or over both sequences' together (joint)."
+        },
+    )
+    reduction: Literal["frobenius", "row", "row_sq"] = field(
+        default="frobenius",
+        metadata={"help": "How row distances become a block's loss: root of their sum, mean of roots, or plain mean."},
+    )
+    metric: Literal["l2", "kl"] = field(
+        default="l2", metadata={"help": "Distance of two rows: squared l2, or KL (use with --reduction row_sq)."}
+    )
+    kernel_impl: Literal["auto", "triton", "cpp", "torch", "reference"] = field(
+        default="auto",
+        metadata={
+            "help": "Implementation of the loss (auto: the best that runs here). The result does not depend on it."
+        },
+    )
+
+
+@dataclass
+class RewardTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults of reward models, plus what only reward models have.
+
+    Labels and unused columns mean nothing to preference pairs: label_names is [] and remove_unused_columns False.
+    """
+
+    output_dir: str | None = field(
+        default="idrm-output",
+        metadata={"help": "Folder that receives the model, its tokenizer, checkpoints, metrics and run.yaml."},
+    )
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Peak learning rate. 8B reward models are published with 2e-6 to 9e-6."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training pairs."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Learning rate schedule (transformers' SchedulerType)."}
+    )
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between two records of the log; below 1 a share of all steps."}
+    )
+    report_to: list[str] | None = field(
+        default_factory=lambda: ["none"], metadata={"help": "Trackers to report to, such as tensorboard or wandb."}
+    )
+    center_rewards_coefficient: float | None = field(
+        default=None,
+        metadata={
+            "help": "Adds this times the mean of (chosen + rejected reward)^2, which centres rewards. Default: off."
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from the last complete checkpoint in --output_dir (no value, or true), or from this folder.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.label_names = []
+        self.remove_unused_columns = False
+
+
+_OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments)
+
+
+@dataclass(frozen=True)
+class RunConfiguration:
+    """One run as its user described it, before anything was loaded.
+
+    Attributes:
+        model, data, interaction: our own arguments, checked against one another.
+        training: the values of RewardTrainingArguments, which initialises devices and processes when it is built.
+        recorded: what run.yaml says: all our own arguments and every other one that differs from its default.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    interaction: InteractionArguments
+    training: dict[str, Any]
+    recorded: dict[str, Any]
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether neither a model nor data is named: the embedded demonstration."""
+        return self.model.model_name_or_path is None and self.data.dataset_name is None
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training["output_dir"]).expanduser()
+
+    def training_arguments(self) -> RewardTrainingArguments:
+        """Builds RewardTrainingArguments, and with them the process group and DeepSpeed's configuration."""
+        try:
+            return RewardTrainingArguments(**self.training)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"training arguments: {' '.join(str(error).split())}") from error
+
+
+class _Parser(HfArgumentParser):
+    """Raises InputError where argparse prints its usage, which is 700 lines long here."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> RunConfiguration:
+    """Parses the command line and the YAML file that it may name; the command line wins.
+
+    Raises:
+        InputError: an unknown flag or YAML key, a value of the wrong kind, or arguments that contradict one another.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser((*_OWN_ARGUMENTS, RewardTrainingArguments), prog="idrm train", allow_abbrev=False)
+    parser.add_argument("--config", metavar="RUN.YAML", help="YAML file with values for any of these flags.")
+    config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    path = config_parser.parse_known_args(argv)[0].config
+    values = vars(parser.parse_args([*(_yaml_tokens(path, parser) if path else []), *argv]))
+
+    model, data, interaction = (kind(**_fields_of(kind, values)) for kind in _OWN_ARGUMENTS)
+    _check(model, data, interaction, values)
+    own, defaults = own_argument_names(), vars(parser.parse_args([]))
+    recorded = {
+        name: value
+        for name, value in values.items()
+        if name not in _NOT_RECORDED and (name in own or value != defaults[name])
+    }
+    return RunConfiguration(model, data, interaction, _fields_of(RewardTrainingArguments, values), recorded)
+
+
+def own_argument_names() -> list[str]:
+    """Names of the arguments that are this project's and not transformers'."""
+    return [entry.name for kind in _OWN_ARGUMENTS for entry in fields(kind)]
+
+
+def named_evaluation_sets(names: Sequence[str] | None) -> dict[str, str]:
+    """Splits name=path entries into {name: path}; one entry without a name has the name ''.
+
+    Raises:
+        InputError: several sets of which one has no name or the same name as another.
+    """
+    named = {}
+    for entry in names or ():
+        name, separator, path = entry.partition("=")
+        if not separator or os.path.exists(entry):
+            name, path = "", entry
+        if name in named or (not name and len(names) > 1):
+            raise InputError(
+                f"--eval_dataset_name {entry}: expected name=path with a name of its own for each of several"
+            )
+        named[name] = path
+    return named
+
+
+def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {entry.name: values[entry.name] for entry in fields(kind) if entry.init}
+
+
+def _yaml_tokens(path: str, parser: _Parser) -> list[str]:
+    """The YAML file as command-line tokens, so that argparse checks both alike and the later one wins."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read ({error.__class__.__name__})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"{path}{f':{mark.line + 1}' if mark else ''}: is not valid YAML") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping of flags to values, found {type(content).__name__}")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    tokens: list[str] = []
+    for key, value in content.items():
+        if key not in known:
+            raise InputError(f"{path}: unknown key {key!r}; keys are the flags of `idrm train --help` without dashes")
+        if value is None:
+            continue
+        if key == "eval_dataset_name" and isinstance(value, dict):
+            value = [f"{name}={source}" for name, source in value.items()]
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        tokens += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    try:
+        parser.parse_args(tokens)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return tokens
+
+
+def _check(model: ModelArguments, data: DataArguments, interaction: InteractionArguments, values: dict[str, Any]):
+    """What can be told from the arguments alone."""
+    if data.dataset_name is not None and model.model_name_or_path is None:
+        raise InputError(f"--dataset_name {data.dataset_name} needs a model to train: give --model_name_or_path")
+    if model.model_name_or_path is not None and data.dataset_name is None:
+        raise InputError(f"--model_name_or_path {model.model_name_or_path} needs data: give --dataset_name")
+    named_evaluation_sets(data.eval_dataset_name)
+    for flag, value, lowest in (
+        ("alpha", interaction.alpha, 0.0),
+        ("intra_weight", interaction.intra_weight, 0.0),
+        ("inter_weight", interaction.inter_weight, 0.0),
+        ("num_head_groups", interaction.num_head_groups, 1),
+        ("top_blocks", interaction.top_blocks, 1),
+        ("max_length", data.max_length, 8),
+        ("teacher_max_length", data.teacher_max_length, 8),
+        ("dataset_num_proc", data.dataset_num_proc, 1),
+    ):
+        if value is not None and not value >= lowest:
+            raise InputError(f"--{flag}: expected at least {lowest}, got {value}")
+    if interaction.top_blocks and (interaction.student_layers or interaction.teacher_layers):
+        raise InputError(
+            "--top_blocks and --student_layers/--teacher_layers say the same thing twice: give one of them"
+        )
+    student_blocks, teacher_blocks = paired_layers(interaction)
+    if len(student_blocks) != len(teacher_blocks):
+        raise InputError(
+            f"--student_layers and --teacher_layers are paired in order: got {len(student_blocks)} and "
+            f"{len(teacher_blocks)} blocks"
+        )
+    trains = model.model_name_or_path is not None
+    if trains and interaction.alpha > 0 and model.teacher_name_or_path is None:
+        raise InputError(f"--alpha {interaction.alpha:g} needs a teacher: give --teacher_name_or_path, or --alpha 0")
+    _check_deepspeed(values["deepspeed"])
+
+
+def paired_layers(interaction: InteractionArguments) -> tuple[list[int], list[int]]:
+    """The supervised student blocks and the teacher blocks they are paired with, as the user counts them."""
+    if interaction.top_blocks:
+        top = list(range(-1, -interaction.top_blocks - 1, -1))
+        return top, top
+    return interaction.student_layers or [-1], interaction.teacher_layers or [-1]
+
+
+def _check_deepspeed(config: str | None) -> None:
+    """Refuses, before hours of training, a DeepSpeed configuration that cannot save a model."""
+    if config is None:
+        return
+    where = "--deepspeed" if config.startswith("{") else config
+    try:
+        content = json.loads(config if config.startswith("{") else Path(config).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--deepspeed {config}: cannot be read ({error.__class__.__name__})") from error
+    except ValueError as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{where}{line}: is not valid JSON") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(content).__name__}")
+    zero = content.get("zero_optimization") or {}
+    gather = "stage3_gather_16bit_weights_on_model_save"
+    if zero.get("stage") == 3 and zero.get(gather) is not True:
+        raise InputError(f"{where}: zero_optimization needs {gather}: true, else ZeRO-3 saves shards and no model")

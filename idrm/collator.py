@@ -1,0 +1,149 @@
+"""Encoded pairs to one padded batch, with the packed indices and the MapLayout that the interaction loss needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from idrm_kernels import MapLayout
+
+SEGMENTS = 2  # chosen and rejected
+
+
+@dataclasses.dataclass(frozen=True)
+class InteractionInputs:
+    """What the interaction loss of B pairs needs beside the student's q and k.
+
+    Packed order is pair after pair: chosen_0, rejected_0, chosen_1, ...
+
+    Attributes:
+        teacher_input_ids, teacher_attention_mask, teacher_token_type_ids: (B, M) int64, chosen and rejected jointly.
+        student_index: (total_tokens,) int64, row * N + position in the student's (2B, N) batch.
+        teacher_index: (teacher_total_tokens,) int64, row * M + position in the teacher's batch.
+        teacher_positions: (teacher_total_tokens,) int32, positions in the joint input, specials counted, padding not.
+        layout: segments, units and sizes of the batch.
+        row_weights: (total_units,) float32, or None where all rows weigh 1.
+    """
+
+    teacher_input_ids: Tensor
+    teacher_attention_mask: Tensor
+    teacher_token_type_ids: Tensor
+    student_index: Tensor
+    teacher_index: Tensor
+    teacher_positions: Tensor
+    layout: MapLayout
+    row_weights: Tensor | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> InteractionInputs:
+        """The same inputs on another device."""
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return InteractionInputs(
+            **{name: None if value is None else value.to(device, non_blocking=non_blocking) for name, value in values}
+        )
+
+    def pin_memory(self) -> InteractionInputs:
+        """The same inputs in page-locked memory; the layout, a few tensors of tokens, stays where it is."""
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return InteractionInputs(
+            **{name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in values}
+        )
+
+
+class PairCollator:
+    """Collates what ``PairEncoder`` made of B pairs.
+
+    Args:
+        tokenizer: the student's, with a pad token; its padding side is used.
+        teacher_tokenizer: None for Bradley-Terry alone.
+        interaction_rows: "all", or "response" to weigh the prompt's rows 0.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` (2B, N) int64, rows 0..B-1 chosen and B..2B-1 rejected; ``margin`` (B,)
+        float32 where a pair has one (0 for the others); ``interaction``, an InteractionInputs, with a teacher.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        interaction_rows: Literal["all", "response"] = "all",
+    ):
+        self.tokenizer = tokenizer
+        self.teacher_tokenizer = teacher_tokenizer
+        self.interaction_rows = interaction_rows
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        sequences = [pair["chosen_input_ids"] for pair in pairs] + [pair["rejected_input_ids"] for pair in pairs]
+        left = self.tokenizer.padding_side == "left"
+        input_ids, attention_mask = _pad(sequences, self.tokenizer.pad_token_id, left=left)
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        margins = [pair.get("margin") for pair in pairs]
+        if any(margin is not None for margin in margins):
+            batch["margin"] = torch.tensor([margin or 0.0 for margin in margins], dtype=torch.float32)
+        if self.teacher_tokenizer is not None:
+            width = input_ids.shape[1]
+            starts = [width - len(sequence) if left else 0 for sequence in sequences]
+            batch["interaction"] = self._interaction(pairs, width, starts)
+        return batch
+
+    def _interaction(self, pairs: Sequence[Mapping[str, Any]], width: int, starts: list[int]) -> InteractionInputs:
+        """Packs the tokens that take part; ``starts`` are the columns at which the 2B student sequences begin."""
+        teacher = self.teacher_tokenizer
+        teacher_ids, teacher_mask = _pad([pair["teacher_input_ids"] for pair in pairs], teacher.pad_token_id)
+        teacher_types, _ = _pad([pair["teacher_token_type_ids"] for pair in pairs], teacher.pad_token_type_id)
+        teacher_width = teacher_ids.shape[1]
+        student_index, teacher_index, teacher_positions = [], [], []
+        student_units, teacher_units, row_weights = [], [], []
+        seqlens, teacher_seqlens, unit_counts = [], [], []
+        total_units = 0
+        for example, pair in enumerate(pairs):
+            for segment in range(SEGMENTS):
+                row = segment * len(pairs) + example
+                positions, joint_positions = pair["student_positions"][segment], pair["teacher_positions"][segment]
+                student_index += [row * width + starts[row] + position for position in positions]
+                teacher_index += [example * teacher_width + position for position in joint_positions]
+                teacher_positions += joint_positions
+                student_units += [total_units + unit for unit in pair["student_units"][segment]]
+                teacher_units += [total_units + unit for unit in pair["teacher_units"][segment]]
+                units, response_units = pair["num_units"][segment], pair["response_units"][segment]
+                row_weights += [0.0] * (units - response_units) + [1.0] * response_units
+                seqlens.append(len(positions))
+                teacher_seqlens.append(len(joint_positions))
+                unit_counts.append(units)
+                total_units += units
+        layout = MapLayout.build(
+            list(accumulate(seqlens, initial=0)),
+            segments=SEGMENTS,
+            teacher_cu_seqlens=list(accumulate(teacher_seqlens, initial=0)),
+            cu_units=list(accumulate(unit_counts, initial=0)),
+            unit_of_token=student_units,
+            teacher_unit_of_token=teacher_units,
+        )
+        return InteractionInputs(
+            teacher_input_ids=teacher_ids,
+            teacher_attention_mask=teacher_mask,
+            teacher_token_type_ids=teacher_types,
+            student_index=torch.tensor(student_index, dtype=torch.int64),
+            teacher_index=torch.tensor(teacher_index, dtype=torch.int64),
+            teacher_positions=torch.tensor(teacher_positions, dtype=torch.int32),
+            layout=layout,
+            row_weights=torch.tensor(row_weights) if self.interaction_rows == "response" else None,
+        )
+
+
+def _pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """(rows, longest) int64 ids and their mask."""
+    longest = max(map(len, sequences))
+    ids, mask = [], []
+    for sequence in sequences:
+        padding = [value] * (longest - len(sequence))
+        ones, zeros = [1] * len(sequence), [0] * len(padding)
+        ids.append([*padding, *sequence] if left else [*sequence, *padding])
+        mask.append(zeros + ones if left else ones + zeros)
+    return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)

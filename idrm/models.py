@@ -1,0 +1,154 @@
+"""The student: its tokenizer with a safe pad token, its weights with a reward head, and how both are saved."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from idrm.arguments import ModelArguments
+from idrm.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+ADDED_PAD_TOKEN = "<|pad|>"
+# Tokens that published vocabularies reserve for padding without naming them as the pad token.
+RESERVED_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
+
+
+@contextlib.contextmanager
+def naming(flag: str, value: str) -> Iterator[None]:
+    """Turns what transformers raises about a folder or hub name into one line that names the flag."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{flag} {value}: {' '.join(str(error).split())}") from error
+
+
+def load_student_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """The student's configuration, set up for one reward.
+
+    Raises:
+        InputError: nothing loadable there, or a classifier of several labels.
+    """
+    name = arguments.model_name_or_path
+    with naming("--model_name_or_path", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+    is_classifier = any("ForSequenceClassification" in architecture for architecture in config.architectures or ())
+    if is_classifier and config.num_labels != 1:
+        raise InputError(
+            f"--model_name_or_path {name}: is a classifier of {config.num_labels} labels; expected a language model, "
+            "or a reward model with one"
+        )
+    config.num_labels = 1
+    # Without it, transformers' pipeline and vLLM would return sigmoid(reward).
+    config.problem_type = "regression"
+    return config
+
+
+def load_student_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The student's fast tokenizer with a pad token that is not its EOS.
+
+    Raises:
+        InputError: nothing loadable there, a slow tokenizer, or a pad token that is the EOS token.
+    """
+    name = arguments.model_name_or_path
+    with naming("--model_name_or_path", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+    if not tokenizer.is_fast:
+        raise InputError(f"--model_name_or_path {name}: has no fast tokenizer (tokenizer.json), which gives offsets")
+    vocabulary = tokenizer.get_vocab()
+    if arguments.pad_token is not None:
+        _set_pad_token(tokenizer, arguments.pad_token, vocabulary)
+    elif tokenizer.pad_token is None:
+        reserved = (token for token in RESERVED_PAD_TOKENS if token in vocabulary)
+        _set_pad_token(tokenizer, next(reserved, ADDED_PAD_TOKEN), vocabulary)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise InputError(
+            f"--model_name_or_path {name}: its pad token is its EOS token {tokenizer.eos_token!r}, which hides the end "
+            f"of a sequence from the reward head; give another one, such as --pad_token '{ADDED_PAD_TOKEN}'"
+        )
+    return tokenizer
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase, token: str, vocabulary: dict[str, int]) -> None:
+    origin = "of the vocabulary" if token in vocabulary else "which is added to the vocabulary"
+    tokenizer.add_special_tokens({"pad_token": token})
+    logger.info("The student pads with %r (%d), %s.", token, tokenizer.pad_token_id, origin)
+
+
+def load_student(
+    arguments: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The student with a reward head, from safetensors only; partitioned where ZeRO-3 is set up.
+
+    Its embeddings are enlarged for tokens that the tokenizer has beyond them, and its config knows the pad token.
+
+    Raises:
+        InputError: weights that cannot be loaded, or an attention implementation that transformers does not know.
+    """
+    with naming("--model_name_or_path", arguments.model_name_or_path):
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            arguments.model_name_or_path,
+            config=config,
+            dtype=torch_dtype(arguments.dtype) or "auto",
+            attn_implementation=arguments.attn_implementation,
+            trust_remote_code=arguments.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    new = sorted(loading["missing_keys"])
+    if new:
+        logger.info("Newly initialised, to be learnt in this run: %s.", ", ".join(new))
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        logger.info("The student's embeddings have %d rows now, %d before.", len(tokenizer), rows)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """The dtype that a flag names, None for 'auto'."""
+    return None if name == "auto" else getattr(torch, name)
+
+
+def longest_input(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model reads at most by its configuration, None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def save_reward_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict | None = None
+) -> None:
+    """Saves weights (safetensors), tokenizer and chat template so that ``folder`` holds a whole model or none.
+
+    Files are written to a folder of their own and renamed, config.json last: without it nothing loads.
+    """
+    written = folder / f".saving-{os.getpid()}"
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
+    model.save_pretrained(written, state_dict=state_dict)
+    tokenizer.save_pretrained(written)
+    for path in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    written.rmdir()

@@ -1,0 +1,79 @@
+"""The output folder of a run: whose it is, where its last whole checkpoint lies, and the run.yaml that describes it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer import TRAINER_STATE_NAME
+
+from idrm.arguments import RUN_FILE, RunConfiguration, own_argument_names
+from idrm.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Own arguments that a resumed run may change: none of them changes the weights that come out.
+_FREE_TO_CHANGE = ("eval_dataset_name", "eval_dataset_split", "kernel_impl", "dataset_num_proc")
+
+
+def resume_checkpoint(config: RunConfiguration) -> Path | None:
+    """The checkpoint to go on from, or None to start at the first step.
+
+    A checkpoint counts once its trainer state is there, which is written last: one that a killed run left half-written
+    is passed over.
+
+    Raises:
+        InputError: the folder holds another run, or a run that --resume_from_checkpoint was not given for, or the
+            checkpoint named is none.
+    """
+    folder = config.output_dir
+    wanted = config.training["resume_from_checkpoint"]
+    resumes = wanted is not None and wanted.lower() != "false"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: is a file; expected a folder")
+    if (folder / RUN_FILE).exists():
+        if not resumes:
+            raise InputError(
+                f"--output_dir {folder}: holds another run ({RUN_FILE}); give another folder, or "
+                "--resume_from_checkpoint to go on with that run"
+            )
+        _require_same_run(folder / RUN_FILE, config)
+    elif any(folder.glob("checkpoint-*")) or (folder / "config.json").exists():
+        raise InputError(f"--output_dir {folder}: holds a model or checkpoints of another run; give another folder")
+    if not resumes:
+        return None
+    if wanted.lower() != "true":
+        checkpoint = Path(wanted).expanduser()
+        if not (checkpoint / TRAINER_STATE_NAME).is_file():
+            raise InputError(f"--resume_from_checkpoint {wanted}: expected a folder with {TRAINER_STATE_NAME}")
+        return checkpoint
+    complete = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    if not complete:
+        logger.info("No complete checkpoint in %s: starting at the first step.", folder)
+        return None
+    return max(complete, key=lambda path: int(re.search(r"\d+$", path.name)[0]))
+
+
+def write_run_file(config: RunConfiguration) -> None:
+    """Writes run.yaml, which `--config` reads back, through a temporary name."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    temporary = config.output_dir / f".{RUN_FILE}-{os.getpid()}"
+    temporary.write_text(yaml.safe_dump(config.recorded, sort_keys=True, allow_unicode=True), encoding="utf-8")
+    os.replace(temporary, config.output_dir / RUN_FILE)
+
+
+def _require_same_run(path: Path, config: RunConfiguration) -> None:
+    try:
+        before: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
+    for name in own_argument_names():
+        if name not in _FREE_TO_CHANGE and before.get(name) != config.recorded[name]:
+            raise InputError(
+                f"--output_dir {config.output_dir}: holds another run, with {name} {before.get(name)!r} and not "
+                f"{config.recorded[name]!r}; give another folder"
+            )

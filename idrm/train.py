@@ -1,0 +1,211 @@
+"""Trains a reward model with interaction distillation: the entry point, one run from flags to saved model.
+
+    deepspeed idrm/train.py --deepspeed ds_zero3.json [flags]
+    python idrm/train.py [flags]
+    idrm train [flags]
+
+With neither a model nor data named, the embedded demonstration runs (idrm/embedded).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # Started by its path, idrm/ itself is first on sys.path: put the folder that holds the package there instead.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from idrm.alignment import PairEncoder, encode_preferences
+from idrm.arguments import (
+    RewardTrainingArguments,
+    RunConfiguration,
+    named_evaluation_sets,
+    paired_layers,
+    parse_arguments,
+)
+from idrm.capture import Teacher, resolve_layers
+from idrm.collator import PairCollator
+from idrm.errors import InputError
+from idrm.interaction import InteractionLoss
+from idrm.models import load_student, load_student_config, load_student_tokenizer, longest_input, torch_dtype
+from idrm.preference import load_preferences
+from idrm.run_folder import resume_checkpoint, write_run_file
+from idrm.trainer import RewardTrainer
+
+logger = logging.getLogger("idrm.train")
+
+DEFAULT_MAX_LENGTH = 1024
+DEFAULT_TEACHER_MAX_LENGTH = 512
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what the command line asks for; bad input is one line on stderr and exit status 2."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("idrm").setLevel(logging.INFO if _is_local_main() else logging.ERROR)
+    try:
+        config = parse_arguments(argv)
+        if config.is_embedded:
+            from idrm import embedded
+
+            embedded.run(config)
+        else:
+            train(config)
+    except InputError as error:
+        if _is_local_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # The launcher ends all processes with the first that fails: the one that speaks must come first.
+            time.sleep(5)
+        sys.exit(2)
+
+
+def train(config: RunConfiguration) -> None:
+    """One training run: checks and loads everything, trains, saves the model, evaluates.
+
+    Raises:
+        InputError: anything the user can put right; nothing has been written to the output folder then.
+    """
+    checkpoint = resume_checkpoint(config)
+    student_config = load_student_config(config.model)
+    tokenizer = load_student_tokenizer(config.model)
+    _prepare_processes(config)
+    args = config.training_arguments()
+    set_seed(args.seed)
+
+    teacher = _load_teacher(config, args) if config.interaction.alpha > 0 else None
+    interaction = None
+    if teacher is not None:
+        student_layers, _ = paired_layers(config.interaction)
+        student_layers = resolve_layers(student_layers, student_config.get_text_config().num_hidden_layers, "student")
+        _require_whole_head_groups(config, student_config.get_text_config().num_attention_heads, teacher.num_heads)
+        interaction = InteractionLoss(teacher, student_layers, config.interaction)
+
+    encoder = _pair_encoder(config, tokenizer, teacher, longest_input(student_config))
+    train_set = _encoded_pairs(config, args, encoder, config.data.dataset_name, config.data.dataset_split)
+    eval_sets = {
+        name: _encoded_pairs(config, args, encoder, source, config.data.eval_dataset_split)
+        for name, source in named_evaluation_sets(config.data.eval_dataset_name).items()
+    }
+
+    trainer = RewardTrainer(
+        load_student(config.model, student_config, tokenizer),
+        args,
+        PairCollator(tokenizer, teacher and teacher.tokenizer, config.interaction.interaction_rows),
+        train_set,
+        eval_sets.get("", eval_sets) or None,
+        processing_class=tokenizer,
+        interaction=interaction,
+        alpha=config.interaction.alpha,
+    )
+    if trainer.is_world_process_zero():
+        write_run_file(config)
+    outcome = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_state()
+    _report(trainer, "train", {**outcome.metrics, "train_pairs": len(train_set)})
+    for name, pairs in eval_sets.items():
+        split = f"eval_{name}" if name else "eval"
+        _report(trainer, split, trainer.evaluate(pairs, metric_key_prefix=split))
+    logger.info("The reward model is in %s", config.output_dir)
+    trainer.accelerator.end_training()
+
+
+def _prepare_processes(config: RunConfiguration) -> None:
+    """Makes accelerate and DeepSpeed agree on processes and devices before TrainingArguments asks either.
+
+    Without an accelerator the run is on the CPU; its ranks then talk over gloo, which DeepSpeed has to be told. A
+    DeepSpeed run that no launcher started is one rank of one.
+    """
+    if not torch.accelerator.is_available():
+        config.training["use_cpu"] = True
+    if config.training["deepspeed"] is None:
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if config.training["use_cpu"]:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _load_teacher(config: RunConfiguration, args: RewardTrainingArguments) -> Teacher:
+    # Under 5.17 as under 5.23, the deprecated names mirror the new ones.
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise InputError(
+            "activation checkpointing with use_reentrant true gives captured queries and keys no gradient: leave "
+            "use_reentrant out, or set it to false"
+        )
+    teacher = Teacher.load(
+        config.model.teacher_name_or_path,
+        layers=paired_layers(config.interaction)[1],
+        dtype=torch_dtype(config.model.teacher_dtype),
+    )
+    return teacher.to(args.device)
+
+
+def _require_whole_head_groups(config: RunConfiguration, student_heads: int, teacher_heads: int) -> None:
+    groups = config.interaction.num_head_groups
+    if student_heads % groups or teacher_heads % groups:
+        raise InputError(
+            f"--num_head_groups {groups}: must divide the heads of both models, {student_heads} of the student and "
+            f"{teacher_heads} of the teacher"
+        )
+
+
+def _pair_encoder(
+    config: RunConfiguration, tokenizer: PreTrainedTokenizerBase, teacher: Teacher | None, student_limit: int | None
+) -> PairEncoder:
+    max_length = _length("max_length", config.data.max_length, student_limit, DEFAULT_MAX_LENGTH)
+    if teacher is None:
+        return PairEncoder(tokenizer, None, max_length=max_length, teacher_max_length=None)
+    default = teacher.max_length or DEFAULT_TEACHER_MAX_LENGTH
+    teacher_max_length = _length("teacher_max_length", config.data.teacher_max_length, teacher.max_length, default)
+    return PairEncoder(tokenizer, teacher.tokenizer, max_length=max_length, teacher_max_length=teacher_max_length)
+
+
+def _length(flag: str, asked: int | None, limit: int | None, default: int) -> int:
+    if asked is None:
+        return default if limit is None else min(default, limit)
+    if limit is not None and asked > limit:
+        raise InputError(f"--{flag} {asked}: the model reads {limit} tokens at most")
+    return asked
+
+
+def _encoded_pairs(
+    config: RunConfiguration, args: RewardTrainingArguments, encoder: PairEncoder, source: str, split: str
+) -> Dataset:
+    """Loads and encodes one data set, each machine's first process before its others, which find it cached."""
+    with args.main_process_first(desc=f"reading {source}"):
+        pairs, report = load_preferences(source, split=split)
+        logger.info(report.summary())
+        pairs, alignment = encode_preferences(pairs, encoder, num_proc=config.data.dataset_num_proc)
+        logger.info(alignment.summary())
+    return pairs
+
+
+def _report(trainer: RewardTrainer, split: str, metrics: dict[str, float]) -> None:
+    """Prints the metrics and saves them, also to all_results.json."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def _is_local_main() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""transformers' Trainer for preference pairs: Bradley-Terry plus alpha times the interaction loss."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from idrm.arguments import RewardTrainingArguments
+from idrm.capture.student import QueryKeyCapture
+from idrm.collator import PairCollator
+from idrm.interaction import InteractionLoss
+from idrm.metrics import COLUMNS, metrics_from_sums, pair_rows
+from idrm.models import save_reward_model
+from idrm_kernels import PackedAttention
+
+
+class RewardTrainer(Trainer):
+    """Trains a sequence classifier with one label as a reward model.
+
+    Training records and evaluations hold loss, preference_loss, accuracy, margin, mean_reward and
+    reward_length_correlation, and with an interaction loss interaction_loss, intra_loss, inter_loss (before alpha) and
+    interaction_ratio. Training records are means over all pairs since the last record, of all ranks; evaluations are
+    means over the pairs of the set, whatever the batch size and the number of ranks.
+
+    Args:
+        model: the student.
+        args: see RewardTrainingArguments.
+        data_collator: makes batches of the encoded pairs.
+        train_dataset, eval_dataset: encoded pairs; several evaluation sets as a dict by name.
+        processing_class: the student's tokenizer, saved beside the model.
+        interaction: None for Bradley-Terry alone.
+        alpha: weight of the interaction loss.
+    """
+
+    loss_is_scaled_for_ga = False  # compute_loss returns a mean over the pairs of one micro-batch
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: RewardTrainingArguments,
+        data_collator: PairCollator,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        *,
+        processing_class: PreTrainedTokenizerBase,
+        interaction: InteractionLoss | None = None,
+        alpha: float = 1.0,
+        **trainer_arguments: Any,
+    ):
+        self.interaction = interaction
+        self.alpha = alpha
+        self.capture = QueryKeyCapture(model, interaction.student_layers) if interaction else None
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics=self._evaluation_metrics,
+            **trainer_arguments,
+        )
+        self.can_return_loss = True  # there are no labels to evaluate without
+        self._sums = torch.zeros(len(COLUMNS), dtype=torch.float64, device=args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The training loss of a micro-batch of B pairs: a mean over them."""
+        rewards, student = self._forward(model, inputs)
+        preference = self._preference_loss(rewards, inputs)
+        interaction = uniform = None
+        loss = preference.mean() + self._centering(rewards).mean()
+        if self.interaction:
+            batch = inputs["interaction"]
+            teacher = self.interaction.teacher_attention(batch)
+            interaction = self.interaction.batch_loss(student, teacher, batch)
+            loss = loss + self.alpha * interaction.loss
+            if self._is_logging_step():
+                with torch.no_grad():
+                    uniform_student = self.interaction.uniform_attention(student)
+                    uniform = self.interaction.batch_loss(uniform_student, teacher, batch).loss
+        self._sums += pair_rows(rewards, _lengths(inputs), loss, preference, interaction, uniform).sum(0)
+        return (loss, {"rewards": rewards}) if return_outputs else loss
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One row of metrics.COLUMNS a pair, as the "logits" that the evaluation loop gathers and deduplicates."""
+        inputs = self._prepare_inputs(inputs)
+        rewards, student = self._forward(model, inputs)
+        preference = self._preference_loss(rewards, inputs)
+        interaction = uniform = None
+        loss = preference + self._centering(rewards)
+        if self.interaction:
+            batch = inputs["interaction"]
+            teacher = self.interaction.teacher_attention(batch)
+            interaction = self.interaction.pair_losses(student, teacher, batch)
+            uniform = self.interaction.pair_losses(self.interaction.uniform_attention(student), teacher, batch).loss
+            loss = loss + self.alpha * interaction.loss
+        rows = pair_rows(rewards, _lengths(inputs), loss, preference, interaction, uniform)
+        # The loop computes metrics only where there are labels; these say that each row is one pair.
+        return None, rows, rows.new_ones(len(rows))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the pairs' means since the last record to a training record, whose loss they replace."""
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+            logs.update(metrics_from_sums(sums, with_interaction=self.interaction is not None))
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+    def _forward(self, model, inputs) -> tuple[Tensor, list[PackedAttention]]:
+        """Rewards (2, B) float32 of chosen and rejected, and the supervised blocks' content tokens."""
+        with self.capture.recording() if self.capture else contextlib.nullcontext():
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        rewards = logits.float().view(2, -1)
+        if not self.interaction:
+            return rewards, []
+        return rewards, self.interaction.student_attention(self.capture.take(), inputs["interaction"])
+
+    def _preference_loss(self, rewards: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Bradley-Terry with an optional margin, (B,): -log sigmoid(chosen - rejected - margin)."""
+        chosen, rejected = rewards
+        return -logsigmoid(chosen - rejected - inputs.get("margin", 0.0))
+
+    def _centering(self, rewards: Tensor) -> Tensor:
+        """TRL's penalty on rewards away from zero, (B,)."""
+        return (self.args.center_rewards_coefficient or 0.0) * rewards.sum(0).square()
+
+    def _is_logging_step(self) -> bool:
+        """Whether the optimizer step under way ends in a record; only then is the uniform map worth its time."""
+        return (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
+
+    def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        sums = prediction.predictions.sum(axis=0).tolist()
+        metrics = metrics_from_sums(sums, with_interaction=self.interaction is not None)
+        return {**metrics, "pairs": len(prediction.predictions)}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            save_reward_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside the random states, each rank keeps its sums since the last record: a resumed run logs the same."""
+        super()._save_rng_state(output_dir)
+        self._sums_file(output_dir).write_text(json.dumps(self._sums.tolist()))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._sums_file(checkpoint).is_file():
+            self._sums.copy_(torch.tensor(json.loads(self._sums_file(checkpoint).read_text())))
+
+    def _sums_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint, f"metric_sums_{self.args.process_index}.json")
+
+
+def _lengths(inputs: dict[str, Any]) -> Tensor:
+    return inputs["attention_mask"].sum(1).view(2, -1)
