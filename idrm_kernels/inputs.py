@@ -18,7 +18,7 @@ class DisentangledBias:
     Attributes:
         positions: (total_tokens,) int32, position of each token in the teacher's joint input, specials counted.
         slot_of_delta: (2 * max_delta + 1,) int32, the slot of each position difference; differences beyond clamp.
-        c2p: (total_tokens, num_heads, num_slots), q's dtype or float32, already scaled; None without content-to-position.
+        c2p: (total_tokens, num_heads, num_slots), q's dtype or float32, already scaled; None where the teacher has none.
         p2c: the same for position-to-content, indexed by the key token.
     """
 
@@ -29,10 +29,8 @@ class DisentangledBias:
 
     def detach(self) -> DisentangledBias:
         """The same bias outside of autograd."""
-        tables = {
-            name: None if table is None else table.detach() for name, table in (("c2p", self.c2p), ("p2c", self.p2c))
-        }
-        return dataclasses.replace(self, **tables)
+        c2p, p2c = (None if table is None else table.detach() for table in (self.c2p, self.p2c))
+        return dataclasses.replace(self, c2p=c2p, p2c=p2c)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ Counts = Sequence[int] | Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MapLayout:
-    """Segments, units and sizes of one packed batch (DESIGN sections 2 and 3). Make one with ``build`` or ``from_mask``.
+    """Segments, units and sizes of one packed batch (DESIGN sections 2 and 3), made by ``build`` or ``from_mask``.
 
     Attributes:
         segments: segments per example.

@@ -1,4 +1,4 @@
-"""torch.library registrations: a private forward and backward op for every implementation, of the loss and the distance.
+"""torch.library registrations: private forward and backward ops of the loss and the distance, per implementation.
 
 An op never chooses an implementation, so a dispatcher cannot override an explicit ``impl``. Fake registrations give
 shapes to torch.compile; backward ops are ops too, so that compiled graphs hold them, and refuse to be differentiated.
@@ -85,7 +85,7 @@ def _register_distance(name: str, module: ModuleType) -> Callable:
 
     def differentiate(ctx, coefficients):
         saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.arguments)]
+        inputs = [next(saved) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.arguments, strict=True)]
         dq, dk = backward(coefficients, *inputs)
         return dq, dk, *(None for _ in inputs[2:])
 

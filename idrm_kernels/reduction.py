@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -50,14 +52,14 @@ def example_losses(
         row_weights: (total_units,), default 1.
 
     Returns:
-        Two tensors (num_examples,) of the distances' dtype: the sum over the blocks x = y, and over x != y, mean over the
-        head groups, unweighted. Their weighted sum, averaged over the examples, is ``attention_map_loss``.
+        Two tensors (num_examples,) of the distances' dtype: the sum over the blocks x = y, and over x != y, mean over
+        the head groups, unweighted. Their weighted sum, averaged over the examples, is ``attention_map_loss``.
     """
     weights = distances.new_ones(layout.total_units) if row_weights is None else row_weights.detach().to(distances)
     cu_units = layout.cu_units.tolist()
     intra = [distances.new_zeros(()) for _ in range(layout.num_examples)]
     inter = [distances.new_zeros(()) for _ in range(layout.num_examples)]
-    for segment, (first, last) in enumerate(zip(cu_units[:-1], cu_units[1:])):
+    for segment, (first, last) in enumerate(itertools.pairwise(cu_units)):
         example, x = divmod(segment, layout.segments)
         for y in range(layout.segments):
             key_segment = example * layout.segments + y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def make_problem(case: Case, device: torch.device | str = "cpu") -> Problem:
             bounds = layout.cu_units[example * layout.segments : (example + 1) * layout.segments + 1].tolist()
             size = bounds[-1] - bounds[0]
             scores = torch.randn(case.num_head_groups, size, size, generator=generator) * case.peak
-            parts = [(a - bounds[0], b - bounds[0]) for a, b in zip(bounds[:-1], bounds[1:])]
+            parts = [(a - bounds[0], b - bounds[0]) for a, b in itertools.pairwise(bounds)]
             parts = [(0, size)] if case.normalization == "joint" else parts
             maps[example, :, :size, :size] = torch.cat([scores[..., a:b].softmax(-1) for a, b in parts], dim=-1)
         stored_dtype = torch.float32 if case.dtype == torch.float64 else case.dtype
@@ -167,7 +168,7 @@ def make_layout(case: Case, generator: torch.Generator, device: torch.device | s
 
 
 def error_bound(same_dtype: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """The error a kernel may make: twice that of a same-dtype PyTorch version plus one rounding of the largest value."""
+    """The error a kernel may make: twice a same-dtype PyTorch version's plus twice a rounding of the largest value."""
     largest = exact.abs().max() if exact.numel() else exact.new_zeros(())
     own = (same_dtype.to(exact.dtype) - exact).abs().max() if exact.numel() else exact.new_zeros(())
     return 2 * (own + torch.finfo(dtype).eps * largest)

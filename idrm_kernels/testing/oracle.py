@@ -1,6 +1,8 @@
-"""An independent oracle: loops over examples, heads and units in plain differentiable PyTorch; slow, small cases only."""
+"""An independent oracle in plain differentiable PyTorch: loops over examples, heads and units; for small cases."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def token_scores(model: PackedAttention, head: int, queries: range, keys: range)
 
 
 def unit_map(model: PackedAttention, units: list[range], supports: list[list[int]], heads: range) -> Tensor:
-    """The merged map of one example, heads averaged: (units, units); ``supports`` lists the units a softmax runs over."""
+    """The merged map of one example, heads averaged (units, units); supports: the units that a softmax runs over."""
     tokens = range(units[0].start, units[-1].stop)
     first = tokens.start
     columns = torch.zeros(len(heads), len(tokens), len(units), dtype=model.q.dtype)
@@ -55,7 +57,7 @@ def example_units(layout: MapLayout, example: int, teacher_side: bool) -> tuple[
     offsets = (layout.teacher_unit_offsets if teacher_side else layout.unit_offsets).tolist()
     bounds = layout.cu_units[example * layout.segments : (example + 1) * layout.segments + 1].tolist()
     units = [range(offsets[unit], offsets[unit + 1]) for unit in range(bounds[0], bounds[-1])]
-    segments = [list(range(a - bounds[0], b - bounds[0])) for a, b in zip(bounds[:-1], bounds[1:])]
+    segments = [list(range(a - bounds[0], b - bounds[0])) for a, b in itertools.pairwise(bounds)]
     return units, segments
 
 
@@ -75,7 +77,7 @@ def oracle_distance(
         teacher_units, _ = example_units(layout, example, teacher_side=True)
         if not units:
             continue
-        supports = [sum(segments, [])] if normalization == "joint" else [units for units in segments if units]
+        supports = [list(range(len(units)))] if normalization == "joint" else [units for units in segments if units]
         groups = []
         for group in range(num_head_groups):
             heads = student.q.shape[1] // num_head_groups
