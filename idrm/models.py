@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from idrm.alignment import frozen_chat_template
 from idrm.arguments import ModelArguments
 from idrm.errors import InputError
 
@@ -62,7 +63,7 @@ def load_student_config(arguments: ModelArguments) -> PreTrainedConfig:
 
 
 def load_student_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The student's fast tokenizer with a pad token that is not its EOS.
+    """The student's fast tokenizer with a pad token that is not its EOS and a chat template that knows no other date.
 
     Raises:
         InputError: nothing loadable there, a slow tokenizer, or a pad token that is the EOS token.
@@ -72,6 +73,9 @@ def load_student_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
     if not tokenizer.is_fast:
         raise InputError(f"--model_name_or_path {name}: has no fast tokenizer (tokenizer.json), which gives offsets")
+    if isinstance(tokenizer.chat_template, str):
+        # What is saved must render tomorrow what was trained on today.
+        tokenizer.chat_template = frozen_chat_template(tokenizer.chat_template)
     vocabulary = tokenizer.get_vocab()
     if arguments.pad_token is not None:
         _set_pad_token(tokenizer, arguments.pad_token, vocabulary)

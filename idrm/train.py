@@ -171,7 +171,7 @@ def _pair_encoder(
 ) -> PairEncoder:
     max_length = _length("max_length", config.data.max_length, student_limit, DEFAULT_MAX_LENGTH)
     if teacher is None:
-        return PairEncoder(tokenizer, None, max_length=max_length, teacher_max_length=None)
+        return PairEncoder(tokenizer, None, max_length=max_length, teacher_max_length=DEFAULT_TEACHER_MAX_LENGTH)
     default = teacher.max_length or DEFAULT_TEACHER_MAX_LENGTH
     teacher_max_length = _length("teacher_max_length", config.data.teacher_max_length, teacher.max_length, default)
     return PairEncoder(tokenizer, teacher.tokenizer, max_length=max_length, teacher_max_length=teacher_max_length)

@@ -1,0 +1,197 @@
+"""Tiny models, tokenizers and data on disk, as a user would have them, and runs of the entry point."""
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORDS = (
+    "the a kettle lamp price order city boils quickly slowly green blue Zoë José naïve café tomorrow yesterday please "
+    "repeat confirm answer question helpful harmless number seven twelve river mountain friend neighbour write reads"
+).split()
+
+
+def _sentence(source: random.Random, low: int, high: int) -> str:
+    return " ".join(source.choice(WORDS) for _ in range(source.randint(low, high))).capitalize() + "."
+
+
+def write_pairs(path: Path, count: int, seed: int) -> Path:
+    """HH-style dialogues of made-up sentences; the chosen response holds the word "kettle" more often than not."""
+    source = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            prompt = f"\n\nHuman: {_sentence(source, 4, 12)}\n\nAssistant:"
+            chosen, rejected = _sentence(source, 3, 14) + " The kettle boils.", _sentence(source, 3, 14)
+            file.write(json.dumps({"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"}) + "\n")
+    return path
+
+
+def _corpus() -> list[str]:
+    source = random.Random(0)
+    return [f"\n\nHuman: {_sentence(source, 4, 12)}\n\nAssistant: {_sentence(source, 3, 14)}" for _ in range(400)]
+
+
+@pytest.fixture(scope="session")
+def student_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with BOS, EOS and a pad token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|pad|>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<|pad|>", model_max_length=256
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher_tokenizer() -> PreTrainedTokenizerFast:
+    """An uncased WordPiece with BERT's pair template."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(_corpus(), trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=128,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+@pytest.fixture(scope="session")
+def student_path(tmp_path_factory, student_tokenizer) -> Path:
+    """A Llama of three blocks, four heads and two key heads, with a reward head, saved."""
+    config = LlamaConfig(
+        vocab_size=len(student_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=student_tokenizer.pad_token_id,
+        bos_token_id=student_tokenizer.bos_token_id,
+        eos_token_id=student_tokenizer.eos_token_id,
+        num_labels=1,
+        # Large enough that attention and rewards are far from uniform, and tests can tell values apart.
+        initializer_range=0.2,
+    )
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("student")
+    LlamaForSequenceClassification(config).save_pretrained(path)
+    student_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher_path(tmp_path_factory, teacher_tokenizer) -> Path:
+    """A BERT of two blocks and two heads that calls itself an NLI classifier, saved."""
+    config = BertConfig(
+        vocab_size=len(teacher_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=teacher_tokenizer.pad_token_id,
+        id2label={0: "entailment", 1: "neutral", 2: "contradiction"},
+        label2id={"entailment": 0, "neutral": 1, "contradiction": 2},
+        initializer_range=0.2,
+    )
+    torch.manual_seed(2)
+    path = tmp_path_factory.mktemp("teacher")
+    BertForSequenceClassification(config).save_pretrained(path)
+    teacher_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_path(tmp_path_factory) -> Path:
+    """Forty-eight training pairs."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "train.jsonl", 48, seed=3)
+
+
+@pytest.fixture(scope="session")
+def eval_pairs_path(tmp_path_factory) -> Path:
+    """Eleven evaluation pairs: no multiple of any batch size in use."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "eval.jsonl", 11, seed=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run of the entry point."""
+
+    folder: Path
+    returncode: int
+    output: str
+    errors: str
+
+    @property
+    def records(self) -> list[dict]:
+        """The training records of the log, in order."""
+        history = json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
+        return [record for record in history if "loss" in record]
+
+    @property
+    def results(self) -> dict:
+        return json.loads((self.folder / "all_results.json").read_text())
+
+
+_ports = itertools.count(29710 + os.getpid() % 400 * 20)
+
+
+def start_training(folder: Path, *flags: str, ranks: int = 0, **popen) -> subprocess.Popen:
+    """Starts idrm/train.py: by python where ranks is 0, else by the DeepSpeed launcher."""
+    command = [sys.executable, "idrm/train.py"]
+    if ranks:
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+        command = [*launcher, "--master_port", str(next(_ports)), "idrm/train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    command += ["--output_dir", str(folder), "--use_cpu", "true", "--disable_tqdm", "true", *map(str, flags)]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
+
+
+@pytest.fixture(scope="session")
+def train():
+    """train(folder, *flags, ranks=0): a run of the entry point in processes of its own, waited for."""
+
+    def run(folder: Path, *flags: str, ranks: int = 0) -> Run:
+        process = start_training(folder, *flags, ranks=ranks)
+        output, errors = process.communicate(timeout=240)
+        return Run(folder, process.returncode, output, errors)
+
+    return run
