@@ -21,23 +21,25 @@ NLI_LABELS = ("entailment", "neutral", "contradiction")
 VALUES_OF_KEY: dict[str, tuple[str, ...]] = {
     "order number": tuple(str(1009 + 127 * step) for step in range(64)),
     "price": tuple(f"{euros} euros" for euros in range(12, 96)),
-    "contact": (
-        "Zoë", "José", "Łukasz", "Åsa", "Çelik", "Renée", "Jürgen", "Søren", "Đorđe", "Márta", "Nuño", "Anaïs",
-        "Işıl", "Öykü", "Pádraig", "Žofia", "Maria", "Peter", "Amara", "Kenji", "Olga", "Tomas", "Leila", "Bruno",
+    "contact": tuple(
+        (
+            "Zoë José Łukasz Åsa Çelik Renée Jürgen Søren Đorđe Márta Nuño Anaïs Işıl Öykü Pádraig Žofia "
+            "Maria Peter Amara Kenji Olga Tomas Leila Bruno"
+        ).split()
     ),
-    "sticker": (
-        "🎈", "🌵", "🐙", "🚲", "🍋", "🎸", "🦊", "🌙", "🍄", "🐢", "🚀", "🎲", "🧩", "🦉", "🍩", "⛵",
+    "sticker": tuple("🎈 🌵 🐙 🚲 🍋 🎸 🦊 🌙 🍄 🐢 🚀 🎲 🧩 🦉 🍩 ⛵".split()),
+    "city": tuple(
+        (
+            "Oslo Lyon Graz Porto Ghent Turku Krakow Bergen Malaga Leeds Basel Parma Zadar Tartu Cork Brno "
+            "Utrecht Bonn Varna Split"
+        ).split()
     ),
-    "city": (
-        "Oslo", "Lyon", "Graz", "Porto", "Ghent", "Turku", "Krakow", "Bergen", "Malaga", "Leeds", "Basel", "Parma",
-        "Zadar", "Tartu", "Cork", "Brno", "Utrecht", "Bonn", "Varna", "Split",
-    ),
-    "colour": (
-        "red", "blue", "green", "black", "white", "orange", "purple", "silver", "brown", "pink", "golden", "grey",
-    ),
-    "item": (
-        "lamp", "kettle", "jacket", "mirror", "table", "basket", "camera", "blanket", "clock", "guitar", "ladder",
-        "pillow", "rucksack", "teapot", "tripod", "wallet",
+    "colour": tuple("red blue green black white orange purple silver brown pink golden grey".split()),
+    "item": tuple(
+        (
+            "lamp kettle jacket mirror table basket camera blanket clock guitar ladder pillow rucksack "
+            "teapot tripod wallet"
+        ).split()
     ),
     "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
 }

@@ -29,7 +29,7 @@ def facts_in(text: str) -> dict[str, str]:
 
 
 def prompt_and_response(dialogue: str) -> tuple[str, str]:
-    human, prompt, response = re.fullmatch(r"(\n\nHuman: )(.*)\n\nAssistant: (.*)", dialogue).groups()
+    prompt, response = re.fullmatch(r"\n\nHuman: (.*)\n\nAssistant: (.*)", dialogue).groups()
     return prompt, response
 
 
@@ -51,7 +51,12 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_gives_others(tmp_path):
 def test_sizes_are_kept_and_nothing_else_is_written(data):
     counts = {name: len(records) for name, records in data.items()}
     assert counts == {
-        "train": 240, "in_distribution": 80, "out_of_distribution": 80, "neutral": 80, "nli_train": 300, "nli_dev": 150,
+        "train": 240,
+        "in_distribution": 80,
+        "out_of_distribution": 80,
+        "neutral": 80,
+        "nli_train": 300,
+        "nli_dev": 150,
     }
 
 
