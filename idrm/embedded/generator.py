@@ -18,30 +18,28 @@ from pathlib import Path
 FACTS_PER_PROMPT = 4
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 VALUES_OF_KEY: dict[str, tuple[str, ...]] = {
     "order number": tuple(str(1009 + 127 * step) for step in range(64)),
     "price": tuple(f"{euros} euros" for euros in range(12, 96)),
-    "contact": tuple(
-        (
-            "Zoë José Łukasz Åsa Çelik Renée Jürgen Søren Đorđe Márta Nuño Anaïs Işıl Öykü Pádraig Žofia "
-            "Maria Peter Amara Kenji Olga Tomas Leila Bruno"
-        ).split()
+    "contact": _words(
+        "Zoë José Łukasz Åsa Çelik Renée Jürgen Søren Đorđe Márta Nuño Anaïs Işıl Öykü Pádraig Žofia "
+        "Maria Peter Amara Kenji Olga Tomas Leila Bruno"
     ),
-    "sticker": tuple("🎈 🌵 🐙 🚲 🍋 🎸 🦊 🌙 🍄 🐢 🚀 🎲 🧩 🦉 🍩 ⛵".split()),
-    "city": tuple(
-        (
-            "Oslo Lyon Graz Porto Ghent Turku Krakow Bergen Malaga Leeds Basel Parma Zadar Tartu Cork Brno "
-            "Utrecht Bonn Varna Split"
-        ).split()
+    "sticker": _words("🎈 🌵 🐙 🚲 🍋 🎸 🦊 🌙 🍄 🐢 🚀 🎲 🧩 🦉 🍩 ⛵"),
+    "city": _words(
+        "Oslo Lyon Graz Porto Ghent Turku Krakow Bergen Malaga Leeds Basel Parma Zadar Tartu Cork Brno "
+        "Utrecht Bonn Varna Split"
     ),
-    "colour": tuple("red blue green black white orange purple silver brown pink golden grey".split()),
-    "item": tuple(
-        (
-            "lamp kettle jacket mirror table basket camera blanket clock guitar ladder pillow rucksack "
-            "teapot tripod wallet"
-        ).split()
+    "colour": _words("red blue green black white orange purple silver brown pink golden grey"),
+    "item": _words(
+        "lamp kettle jacket mirror table basket camera blanket clock guitar ladder pillow rucksack teapot tripod wallet"
     ),
-    "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    "day": _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
 }
 
 GREETINGS = ("Hello.", "Hi there.", "Good morning.", "Good evening.", "Dear team.", "Hey.")
