@@ -8,9 +8,12 @@ PYTHON := $(firstword $(foreach name,python3.11 python3 python3.12,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $(name))))
 endif
 
+ifneq ($(words $(abspath $(VENV))),1)
+$(error DeepSpeed cannot compile its operators in an environment whose path has spaces: name another, make VENV=/path/to/venv)
+endif
+
 # DeepSpeed's compilations start ninja by name: the environment's own is found, activated or not.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-# A relative path, and modules instead of scripts, work in a folder whose path has spaces.
 python := $(VENV)/bin/python
 pip_install = $(python) -m pip install --quiet --constraint constraints.txt
 inputs := pyproject.toml setup.py constraints.txt Makefile
