@@ -1,6 +1,7 @@
 """Two tokenisations of one preference pair, cut to what each model reads, and the units in which they correspond."""
 
-from idrm.alignment.encoding import AlignmentReport, PairEncoder, encode_preferences
+from idrm.alignment.corpus import AlignmentReport, encode_preferences
+from idrm.alignment.encoding import PairEncoder
 from idrm.alignment.rendering import frozen_chat_template
 
 __all__ = ["AlignmentReport", "PairEncoder", "encode_preferences", "frozen_chat_template"]

@@ -1,9 +1,9 @@
-"""What a segment loses to fit a model: whole units from the left of the prompt, and of the response last (DESIGN section 5).
+"""What a segment loses to fit a model: whole units from the left of the prompt, the response last (DESIGN section 5).
 
-A segment is described to these functions by `remaining`: remaining[u] tokens are left when its first u units are cut, and
-with them everything that stands before the token after their last one. So remaining[0] is the length, remaining[-1] what
-follows the last unit, and the header before the first unit that stays is kept. All lengths leave out what is always kept
-(special tokens that the model puts around the text).
+A segment is described to these functions by `remaining`: remaining[u] tokens are left when its first u units are cut,
+and with them everything that stands before the token after their last one. So remaining[0] is the length, remaining[-1]
+what follows the last unit, and a header right before the first unit that stays is kept. Lengths and limits leave out
+what is always kept (special tokens that the model puts around the text).
 """
 
 from bisect import bisect_left
@@ -64,8 +64,8 @@ def cut_together(
 ) -> Pair:
     """How many units two segments lose that are read in one input of at most `limit` tokens (the teacher).
 
-    `shared` as in `cut_each`; `prompt_units` as in `shared_cuts`. Where one segment must lose the next unit, because the prompts differ or are gone, it is the one that
-    has more tokens of that kind (prompt, then response) left.
+    `shared` as in `cut_each`; `prompt_units` as in `shared_cuts`. Where one segment must lose the next unit, because
+    the prompts differ or are gone, it is the one that has more tokens of that kind (prompt, then response) left.
     """
     first = (0, 0)
     if shared is not None:

@@ -3,74 +3,28 @@
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from idrm.alignment.cutting import cut_each, cut_together, lengths_within, remaining_tokens, shared_cuts
-from idrm.alignment.rendering import ChatRenderer, Span, TemplateRefusal, Text, canonical_text, plain_text
+from idrm.alignment.rendering import ChatRenderer, Message, TemplateRefusal, Text, canonical_text, plain_text
+from idrm.alignment.tokenization import JointTemplate, Tokens, tokenize
 from idrm.alignment.units import NO_UNIT, Units, find_units
 from idrm.errors import InputError
 
 MIN_LENGTH = 8
 
-_TOKENS = [Value("int32")]
-_FEATURES = Features(
-    {
-        "chosen_input_ids": _TOKENS,
-        "rejected_input_ids": _TOKENS,
-        "teacher_input_ids": _TOKENS,
-        "teacher_token_type_ids": _TOKENS,
-        "student_positions": [_TOKENS],
-        "student_units": [_TOKENS],
-        "teacher_positions": [_TOKENS],
-        "teacher_units": [_TOKENS],
-        "num_units": _TOKENS,
-        "response_units": _TOKENS,
-        "dropped_student_tokens": Value("int32"),
-        "dropped_teacher_tokens": Value("int32"),
-        "cut_student": Value("bool"),
-        "cut_teacher": Value("bool"),
-        "unaligned": Value("bool"),
-        "identical": Value("bool"),
-        "margin": Value("float64"),
-        "refusal": Value("string"),
-        "units": Value("int32"),
-        "one_to_one_units": Value("int32"),
-        "longest_student_unit": Value("int32"),
-        "longest_teacher_unit": Value("int32"),
-        "student_content_tokens": Value("int32"),
-        "teacher_content_tokens": Value("int32"),
-    }
-)
-_STATISTICS = [
-    "refusal",
-    "units",
-    "one_to_one_units",
-    "longest_student_unit",
-    "longest_teacher_unit",
-    "student_content_tokens",
-    "teacher_content_tokens",
-]
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """One tokenisation of one segment: ids, spans in coordinates, and which tokens stand in a message's content."""
-
-    ids: list[int]
-    spans: list[Span]
-    in_content: list[bool]
-
 
 @dataclass(frozen=True)
 class _Division:
-    """The units of both segments of a pair and where the prompts end among them."""
+    """The units of both segments of a pair, and at which of them the prompts end.
+
+    `shared` lists the ways to cut the same from both segments (`cutting.shared_cuts`); None if their prompts differ.
+    """
 
     units: list[Units]
     prompt_units: list[int]
@@ -84,43 +38,29 @@ class _Division:
 
 
 @dataclass(frozen=True)
-class _JointTemplate:
-    """The special tokens that a teacher's tokenizer puts around a pair, and the token types of the five parts."""
+class _StudentInput:
+    """Both segments cut to fit: ids, how many of their first tokens no cut takes, tokens and units that one took."""
 
-    before: list[int]
-    between: list[int]
-    after: list[int]
-    token_types: list[list[int]]
+    ids: list[list[int]]
+    leading: int
+    lost_tokens: list[int]
+    lost_units: tuple[int, int]
 
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "_JointTemplate":
-        encoding = tokenizer("a", "a")
-        ids, segments = encoding["input_ids"], encoding.sequence_ids(0)
-        types = encoding.get("token_type_ids", [0] * len(ids))
-        if 0 not in segments or 1 not in segments or segments.index(0) > segments.index(1):
-            raise InputError(f"{tokenizer.name_or_path}: expected a tokenizer that reads two texts one after the other")
-        first, second = segments.index(0), segments.index(1)
-        first_end, second_end = (len(segments) - segments[::-1].index(segment) for segment in (0, 1))
-        bounds = [0, first, first_end, second, second_end, len(ids)]
-        parts = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
-        return cls(ids[parts[0]], ids[parts[2]], ids[parts[4]], [types[part] for part in parts])
+    def position(self, segment: int, token: int) -> int:
+        return token if token < self.leading else token - self.lost_tokens[segment]
 
-    @property
-    def num_special_tokens(self) -> int:
-        return len(self.before) + len(self.between) + len(self.after)
 
-    def join(self, chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """(ids, token types, position of each segment's first token)."""
-        before, _, between, _, after = self.token_types
-        types = [
-            *before,
-            *self.token_types[1][:1] * len(chosen),
-            *between,
-            *self.token_types[3][:1] * len(rejected),
-            *after,
-        ]
-        starts = [len(self.before), len(self.before) + len(chosen) + len(self.between)]
-        return [*self.before, *chosen, *self.between, *rejected, *self.after], types, starts
+@dataclass(frozen=True)
+class _TeacherInput:
+    """The joint input cut to fit: ids and types, where in it each uncut segment would start, units that were cut."""
+
+    ids: list[int]
+    token_types: list[int]
+    origins: list[int]
+    lost_units: tuple[int, int]
+
+    def position(self, segment: int, token: int) -> int:
+        return token + self.origins[segment]
 
 
 class PairEncoder:
@@ -167,7 +107,7 @@ class PairEncoder:
         self.max_length = max_length
         self.teacher_max_length = teacher_max_length
         self._chat = ChatRenderer(student_tokenizer) if student_tokenizer.chat_template else None
-        self._joint = _JointTemplate.of(teacher_tokenizer) if teacher_tokenizer is not None else None
+        self._joint = JointTemplate.of(teacher_tokenizer) if teacher_tokenizer is not None else None
 
     def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Encode one pair as `load_preferences` gives it.
@@ -178,7 +118,7 @@ class PairEncoder:
             student_positions: per segment the positions, in its own input, of the tokens that take part.
             student_units: per segment the unit of each of them, from 0 in each segment, non-decreasing.
             teacher_positions, teacher_units: the same for the teacher, positions in the joint input.
-            num_units: per segment. response_units: per segment how many of the units, the last ones, are the response's.
+            num_units: per segment. response_units: per segment how many of them, the last ones, lie in the response.
             dropped_student_tokens, dropped_teacher_tokens: content tokens in no unit, before any cutting.
             cut_student, cut_teacher: whether that model's input lost tokens.
             unaligned: the chat template altered a content, so that the pair has no units.
@@ -192,43 +132,40 @@ class PairEncoder:
         try:
             rendered = [self._render(messages, record["conversational"]) for messages in segments]
         except TemplateRefusal as refusal:
-            return {**_nothing(record["margin"]), "refusal": str(refusal) or "refused"}
+            return {**_blank(record["margin"]), "refusal": str(refusal) or "refused"}
         student = self._tokenize_for_student(rendered)
-        teacher, prompt_ends = [], [0, 0]
-        if self._joint is not None:
-            texts = [canonical_text(messages) for messages in segments]
-            teacher = _tokenize(self.teacher_tokenizer, texts, add_special_tokens=False)
-
+        teacher = self._tokenize_for_teacher(segments)
         unaligned = any(text.contents is None for text in rendered)
-        same_prompt = segments[0][:-1] == segments[1][:-1]
         prompt_ends = [_length_without_spaces(messages[:-1]) for messages in segments]
-        if unaligned:
-            prefix = len(commonprefix([tokens.ids for tokens in student]))
-            by_token = [[(i, i + 1) for i in range(len(tokens.ids))] for tokens in student]
-            for_student = _Division.of([find_units(spans, spans) for spans in by_token], [prefix, prefix], True)
-            own = [find_units(tokens.spans, tokens.spans) for tokens in teacher]
-        else:
-            others = teacher or student
-            units = [find_units(s.spans, t.spans) for s, t in zip(student, others, strict=True)]
-            for_student = _Division.of(units, prompt_ends, same_prompt)
-            own = units
-        for_teacher = _Division.of(own, prompt_ends, same_prompt) if teacher else None
+        same_prompt = segments[0][:-1] == segments[1][:-1]
 
-        inputs, lost, student_cut = self._cut_student(student, for_student)
-        encoded = _nothing(record["margin"])
-        encoded["chosen_input_ids"], encoded["rejected_input_ids"] = inputs
-        encoded["identical"] = inputs[0] == inputs[1]
-        encoded["cut_student"] = any(count for _, count in lost)
-        encoded["unaligned"] = unaligned
-        if for_teacher is None:
+        if unaligned:  # each model is cut by its own tokens
+            division = _divide_unaligned(student)
+            units = [find_units(tokens.spans, tokens.spans) for tokens in teacher]
+        else:
+            units = [find_units(s.spans, t.spans) for s, t in zip(student, teacher or student, strict=True)]
+            division = _Division.of(units, prompt_ends, same_prompt)
+        student_input = self._cut_student(student, division)
+        encoded = {
+            **_blank(record["margin"]),
+            "chosen_input_ids": student_input.ids[0],
+            "rejected_input_ids": student_input.ids[1],
+            "cut_student": any(student_input.lost_tokens),
+            "identical": student_input.ids[0] == student_input.ids[1],
+            "unaligned": unaligned,
+        }
+        if not teacher:
             return encoded
-        ids, types, shifts, teacher_cut = self._cut_teacher(teacher, for_teacher)
-        encoded["teacher_input_ids"], encoded["teacher_token_type_ids"] = ids, types
-        encoded["cut_teacher"] = len(ids) < self._joint.num_special_tokens + sum(len(t.ids) for t in teacher)
+        teacher_division = _Division.of(units, prompt_ends, same_prompt) if unaligned else division
+        teacher_input = self._cut_teacher(teacher, teacher_division)
+        whole_length = self._joint.num_special_tokens + sum(len(tokens.ids) for tokens in teacher)
+        encoded |= {
+            "teacher_input_ids": teacher_input.ids,
+            "teacher_token_type_ids": teacher_input.token_types,
+            "cut_teacher": len(teacher_input.ids) < whole_length,
+        }
         if not unaligned:
-            first = [max(cuts) for cuts in zip(student_cut, teacher_cut, strict=True)]
-            encoded.update(_correspondence(for_teacher, first, lost, shifts))
-            encoded.update(_statistics(units, student, teacher))
+            encoded |= _correspondence(division, student_input, teacher_input) | _statistics(units, student, teacher)
         return encoded
 
     @property
@@ -245,252 +182,129 @@ class PairEncoder:
             digest.update(module.read_bytes())
         return digest.hexdigest()
 
-    def _render(self, messages: Sequence[dict[str, str]], conversational: bool) -> Text:
+    def _render(self, messages: Sequence[Message], conversational: bool) -> Text:
         return plain_text(messages, conversational) if self._chat is None else self._chat(messages)
 
-    def _tokenize_for_student(self, texts: Sequence[Text]) -> list[_Tokens]:
+    def _tokenize_for_student(self, texts: Sequence[Text]) -> list[Tokens]:
         plain = self._chat is None
-        segments = _tokenize(self.student_tokenizer, texts, add_special_tokens=plain)
+        segments = tokenize(self.student_tokenizer, texts, add_special_tokens=plain)
         eos = self.student_tokenizer.eos_token_id
         for tokens in segments:
             if plain and eos is not None and tokens.ids[-1:] != [eos]:
-                tokens.ids.append(eos)
-                tokens.spans.append((0, 0))
-                tokens.in_content.append(False)
+                tokens.append_special(eos)
         return segments
 
-    def _cut_student(
-        self, segments: Sequence[_Tokens], division: _Division
-    ) -> tuple[list[list[int]], list[tuple[int, int]], tuple[int, int]]:
-        """(inputs, per segment (leading tokens that stay, tokens lost behind them), per segment units lost)."""
-        always_first = {self.student_tokenizer.bos_token_id, self.student_tokenizer.cls_token_id} - {None}
-        leading = int(all(tokens.ids[:1] and tokens.ids[0] in always_first for tokens in segments))
+    def _tokenize_for_teacher(self, segments: Sequence[Sequence[Message]]) -> list[Tokens]:
+        if self.teacher_tokenizer is None:
+            return []
+        texts = [canonical_text(messages) for messages in segments]
+        return tokenize(self.teacher_tokenizer, texts, add_special_tokens=False)
+
+    def _cut_student(self, segments: Sequence[Tokens], division: _Division) -> _StudentInput:
+        starts_of_text = {self.student_tokenizer.bos_token_id, self.student_tokenizer.cls_token_id} - {None}
+        leading = 1 if all(starts_of_text.intersection(tokens.ids[:1]) for tokens in segments) else 0
         limit = self.max_length - leading
         remaining = [remaining_tokens(units.student[leading:], len(units)) for units in division.units]
-        cut = cut_each(remaining, division.shared, limit)
-        inputs, lost = [], []
-        for tokens, left, units in zip(segments, remaining, cut, strict=True):
+        lost_units = cut_each(remaining, division.shared, limit)
+        ids, lost_tokens = [], []
+        for tokens, left, units in zip(segments, remaining, lost_units, strict=True):
             start = len(tokens.ids) - min(left[units], limit)
-            inputs.append(tokens.ids[:leading] + tokens.ids[start:])
-            lost.append((leading, start - leading))
-        return inputs, lost, cut
+            ids.append(tokens.ids[:leading] + tokens.ids[start:])
+            lost_tokens.append(start - leading)
+        return _StudentInput(ids, leading, lost_tokens, lost_units)
 
-    def _cut_teacher(
-        self, segments: Sequence[_Tokens], division: _Division
-    ) -> tuple[list[int], list[int], list[int], tuple[int, int]]:
-        """(ids, token types, per segment what to add to a token's index to get its position, per segment units lost)."""
+    def _cut_teacher(self, segments: Sequence[Tokens], division: _Division) -> _TeacherInput:
         limit = self.teacher_max_length - self._joint.num_special_tokens
         remaining = [remaining_tokens(units.teacher, len(units)) for units in division.units]
-        cut = cut_together(remaining, division.prompt_units, division.shared, limit)
-        lengths = lengths_within([left[units] for left, units in zip(remaining, cut, strict=True)], limit)
-        starts = [len(tokens.ids) - length for tokens, length in zip(segments, lengths, strict=True)]
-        ids, types, first_positions = self._joint.join(
-            *(tokens.ids[start:] for tokens, start in zip(segments, starts, strict=True))
-        )
-        shifts = [position - start for position, start in zip(first_positions, starts, strict=True)]
-        return ids, types, shifts, cut
+        lost_units = cut_together(remaining, division.prompt_units, division.shared, limit)
+        lengths = lengths_within([left[units] for left, units in zip(remaining, lost_units, strict=True)], limit)
+        lost_tokens = [len(tokens.ids) - length for tokens, length in zip(segments, lengths, strict=True)]
+        chosen, rejected = (tokens.ids[lost:] for tokens, lost in zip(segments, lost_tokens, strict=True))
+        ids, token_types, starts = self._joint.join(chosen, rejected)
+        origins = [start - lost for start, lost in zip(starts, lost_tokens, strict=True)]
+        return _TeacherInput(ids, token_types, origins, lost_units)
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], *, add_special_tokens: bool) -> list[_Tokens]:
-    batch = tokenizer(
-        [text.text for text in texts],
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_special_tokens_mask=True,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
-    segments = []
-    for index, text in enumerate(texts):
-        coordinates, contents = text.coordinates(), text.contents or []
-        offsets, added = batch["offset_mapping"][index], batch["special_tokens_mask"][index]
-        spans = [(coordinates[start], coordinates[end]) for start, end in offsets]
-        in_content = [
-            start_at < end_at
-            or (not special and any(first <= start and end <= last for first, last in contents))
-            for (start_at, end_at), (start, end), special in zip(spans, offsets, added, strict=True)
-        ]
-        segments.append(_Tokens(batch["input_ids"][index], spans, in_content))
-    return segments
-
-
-def _length_without_spaces(messages: Sequence[dict[str, str]]) -> int:
+def _length_without_spaces(messages: Sequence[Message]) -> int:
     return sum(len("".join(message["content"].split())) for message in messages)
 
 
-def _correspondence(
-    division: _Division, first: Sequence[int], lost: Sequence[tuple[int, int]], shifts: Sequence[int]
-) -> dict[str, Any]:
-    """Positions and units of the tokens whose unit is `first` or a later one, per segment."""
-    columns: dict[str, Any] = {
-        name: [] for name in ("student_positions", "student_units", "teacher_positions", "teacher_units")
+def _divide_unaligned(segments: Sequence[Tokens]) -> _Division:
+    """A division in which a token is a unit, and what both segments begin with is the prompt."""
+    chosen, rejected = (tokens.ids for tokens in segments)
+    differing = (i for i, (ours, theirs) in enumerate(zip(chosen, rejected, strict=False)) if ours != theirs)
+    prompt_end = next(differing, min(len(chosen), len(rejected)))
+    tokens_as_spans = [[(token, token + 1) for token in range(len(ids))] for ids in (chosen, rejected)]
+    return _Division.of([find_units(spans, spans) for spans in tokens_as_spans], [prompt_end, prompt_end], True)
+
+
+def _correspondence(division: _Division, student: _StudentInput, teacher: _TeacherInput) -> dict[str, Any]:
+    """Positions and units of the tokens, per segment, of the units that neither model lost."""
+    columns: dict[str, list] = {
+        "student_positions": [],
+        "student_units": [],
+        "teacher_positions": [],
+        "teacher_units": [],
+        "num_units": [],
+        "response_units": [],
     }
-    for units, start, (leading, count), shift in zip(division.units, first, lost, shifts, strict=True):
-        student = [(token, unit - start) for token, unit in enumerate(units.student) if unit >= start]
-        teacher = [(token, unit - start) for token, unit in enumerate(units.teacher) if unit >= start]
-        columns["student_positions"].append([token - count if token >= leading else token for token, _ in student])
-        columns["student_units"].append([unit for _, unit in student])
-        columns["teacher_positions"].append([token + shift for token, _ in teacher])
-        columns["teacher_units"].append([unit for _, unit in teacher])
-    columns["num_units"] = [len(units) - start for units, start in zip(division.units, first, strict=True)]
-    columns["response_units"] = [
-        len(units) - max(start, prompt)
-        for units, start, prompt in zip(division.units, first, division.prompt_units, strict=True)
-    ]
+    for segment, (units, prompt_units) in enumerate(zip(division.units, division.prompt_units, strict=True)):
+        first = max(student.lost_units[segment], teacher.lost_units[segment])
+        for whose, unit_of_token, model_input in (
+            ("student", units.student, student),
+            ("teacher", units.teacher, teacher),
+        ):
+            kept = [token for token, unit in enumerate(unit_of_token) if unit >= first]
+            columns[f"{whose}_positions"].append([model_input.position(segment, token) for token in kept])
+            columns[f"{whose}_units"].append([unit_of_token[token] - first for token in kept])
+        columns["num_units"].append(len(units) - first)
+        columns["response_units"].append(len(units) - max(first, prompt_units))
     return columns
 
 
-def _statistics(units: Sequence[Units], student: Sequence[_Tokens], teacher: Sequence[_Tokens]) -> dict[str, int]:
-    counts = {
-        side: [Counter(unit for unit in getattr(segment, side) if unit != NO_UNIT) for segment in units]
-        for side in ("student", "teacher")
+def _statistics(units: Sequence[Units], student: Sequence[Tokens], teacher: Sequence[Tokens]) -> dict[str, int]:
+    """The counts that a report sums up, over whole texts."""
+    columns = {"units": sum(len(segment) for segment in units), "one_to_one_units": 0}
+    sizes = {
+        "student": [Counter(segment.student) for segment in units],
+        "teacher": [Counter(segment.teacher) for segment in units],
     }
-    statistics = {
-        "units": sum(len(segment) for segment in units),
-        "one_to_one_units": sum(
-            ours[unit] == theirs[unit] == 1
-            for ours, theirs in zip(counts["student"], counts["teacher"], strict=True)
-            for unit in ours
-        ),
-    }
-    for side, segments in (("student", student), ("teacher", teacher)):
+    for ours, theirs, segment in zip(sizes["student"], sizes["teacher"], units, strict=True):
+        columns["one_to_one_units"] += sum(ours[unit] == 1 == theirs[unit] for unit in range(len(segment)))
+    for whose, segments in (("student", student), ("teacher", teacher)):
+        in_units = [{unit: size for unit, size in counter.items() if unit != NO_UNIT} for counter in sizes[whose]]
         content = sum(sum(tokens.in_content) for tokens in segments)
-        statistics[f"{side}_content_tokens"] = content
-        statistics[f"dropped_{side}_tokens"] = content - sum(count.total() for count in counts[side])
-        statistics[f"longest_{side}_unit"] = max((max(count.values(), default=0) for count in counts[side]), default=0)
-    return statistics
+        columns[f"{whose}_content_tokens"] = content
+        columns[f"dropped_{whose}_tokens"] = content - sum(sum(counter.values()) for counter in in_units)
+        columns[f"longest_{whose}_unit"] = max(max(counter.values(), default=0) for counter in in_units)
+    return columns
 
 
-def _nothing(margin: float | None) -> dict[str, Any]:
-    """The columns of a pair of which nothing is known yet."""
-    per_segment = ("student_positions", "student_units", "teacher_positions", "teacher_units")
-    inputs = ("chosen_input_ids", "rejected_input_ids", "teacher_input_ids", "teacher_token_type_ids")
-    flags = ("cut_student", "cut_teacher", "unaligned", "identical")
-    counts = [name for name, feature in _FEATURES.items() if feature == Value("int32")]
+def _blank(margin: float | None) -> dict[str, Any]:
+    """All columns of a pair of which nothing is known yet but its margin."""
     return {
-        **{name: [] for name in inputs},
-        **{name: [[], []] for name in per_segment},
+        "chosen_input_ids": [],
+        "rejected_input_ids": [],
+        "teacher_input_ids": [],
+        "teacher_token_type_ids": [],
+        "student_positions": [[], []],
+        "student_units": [[], []],
+        "teacher_positions": [[], []],
+        "teacher_units": [[], []],
         "num_units": [0, 0],
         "response_units": [0, 0],
-        **{name: 0 for name in counts},
-        **{name: False for name in flags},
+        "dropped_student_tokens": 0,
+        "dropped_teacher_tokens": 0,
+        "cut_student": False,
+        "cut_teacher": False,
+        "unaligned": False,
+        "identical": False,
         "margin": margin,
         "refusal": "",
+        "units": 0,
+        "one_to_one_units": 0,
+        "longest_student_unit": 0,
+        "longest_teacher_unit": 0,
+        "student_content_tokens": 0,
+        "teacher_content_tokens": 0,
     }
-
-
-@dataclass(frozen=True)
-class AlignmentReport:
-    """What encoding did to the pairs of one data set.
-
-    Attributes:
-        pairs: pairs that came in; `kept` of them came out, the others are counted in `dropped` by reason.
-        refusal: what the chat template said when it first refused a pair; empty if it never did.
-        unaligned: kept pairs without units: they train the preference loss only.
-        cut_student, cut_teacher: kept pairs that were cut for that model.
-        units, one_to_one_units: units of the kept pairs' whole texts, and those that are one token on either side.
-        student_tokens, teacher_tokens: their content tokens; dropped_*: those of them in no unit.
-        longest_student_unit, longest_teacher_unit: the most tokens in one unit.
-    """
-
-    pairs: int
-    kept: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    refusal: str = ""
-    unaligned: int = 0
-    cut_student: int = 0
-    cut_teacher: int = 0
-    units: int = 0
-    one_to_one_units: int = 0
-    student_tokens: int = 0
-    dropped_student_tokens: int = 0
-    teacher_tokens: int = 0
-    dropped_teacher_tokens: int = 0
-    longest_student_unit: int = 0
-    longest_teacher_unit: int = 0
-
-    def summary(self) -> str:
-        """One line for the log."""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "none"
-        parts = [f"{self.pairs:,} pairs encoded, {self.kept:,} kept; dropped: {reasons}"]
-        if self.refusal:
-            parts.append(f"the chat template said {self.refusal!r}")
-        parts.append(f"cut for the student: {_share(self.cut_student, self.kept)}")
-        if self.units or self.unaligned:
-            parts += [
-                f"cut for the teacher: {_share(self.cut_teacher, self.kept)}",
-                f"unaligned: {self.unaligned:,}",
-                f"units of one token to one: {_share(self.one_to_one_units, self.units)}",
-                f"longest units: {self.longest_student_unit} student and {self.longest_teacher_unit} teacher tokens",
-                f"content tokens in no unit: {_share(self.dropped_student_tokens, self.student_tokens)} of the student's, "
-                f"{_share(self.dropped_teacher_tokens, self.teacher_tokens)} of the teacher's",
-            ]
-        return "; ".join(parts)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "none"
-
-
-def encode_preferences(
-    dataset: Dataset, encoder: PairEncoder, *, num_proc: int | None = None
-) -> tuple[Dataset, AlignmentReport]:
-    """Encode all pairs of a data set from `load_preferences`; drop, and count, those that cannot be trained on.
-
-    Args:
-        dataset: columns chosen, rejected, conversational, margin.
-        encoder: what to encode them with. Results are cached by `datasets` under the encoder's fingerprint.
-        num_proc: processes to share the work; None for this one alone.
-
-    Returns:
-        (dataset, report): the columns that `PairEncoder` returns, up to and including margin.
-
-    Raises:
-        InputError: no pair is left.
-    """
-    fingerprint = sha256(f"{dataset._fingerprint} {encoder.fingerprint}".encode()).hexdigest()
-    encoded = dataset.map(
-        encoder,
-        remove_columns=dataset.column_names,
-        features=_FEATURES,
-        num_proc=num_proc,
-        new_fingerprint=fingerprint,
-        desc="Encoding pairs",
-    )
-    refusals, identical = encoded["refusal"][:], encoded["identical"][:]
-    reasons = [
-        "refused_by_chat_template" if refusal else "identical_after_cutting" if same else ""
-        for refusal, same in zip(refusals, identical, strict=True)
-    ]
-    dropped = dict(sorted(Counter(reason for reason in reasons if reason).items()))
-    if dropped:
-        encoded = encoded.select([index for index, reason in enumerate(reasons) if not reason])
-    totals = {
-        name: sum(encoded[name][:])
-        for name in (
-            "unaligned",
-            "cut_student",
-            "cut_teacher",
-            "units",
-            "one_to_one_units",
-            "dropped_student_tokens",
-            "dropped_teacher_tokens",
-        )
-    }
-    report = AlignmentReport(
-        pairs=len(reasons),
-        kept=len(encoded),
-        dropped=dropped,
-        refusal=next((refusal for refusal in refusals if refusal), ""),
-        student_tokens=sum(encoded["student_content_tokens"][:]),
-        teacher_tokens=sum(encoded["teacher_content_tokens"][:]),
-        longest_student_unit=max(encoded["longest_student_unit"][:], default=0),
-        longest_teacher_unit=max(encoded["longest_teacher_unit"][:], default=0),
-        **totals,
-    )
-    if not report.kept:
-        raise InputError(f"no pair can be trained on ({report.summary()})")
-    return encoded.remove_columns(_STATISTICS), report

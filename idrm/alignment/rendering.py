@@ -1,8 +1,8 @@
 """The texts of one segment: the canonical text that the teacher reads and the rendered text that the student reads.
 
-Both contain the message contents in the same order, with other white space and other template text between them. Counting
-the characters of the contents, white space left out, therefore gives every position of either text a coordinate that
-means the same in both (DESIGN section 5).
+Both contain the message contents in the same order, with other white space and other template text between them.
+Counting the characters of the contents, white space left out, therefore gives every position of either text a
+coordinate that means the same in both (DESIGN section 5).
 """
 
 from collections.abc import Sequence

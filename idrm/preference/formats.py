@@ -2,9 +2,9 @@
 
 Formats, told apart by the record's keys and the types of their values (names as in TRL):
 
-- HH-RLHF dialogue: `chosen` and `rejected` are whole strings "\\n\\nHuman: ...\\n\\nAssistant: ..." (a `prompt` may have
-  been split off);
-- `prompt`, `chosen`, `rejected` strings, or `chosen` and `rejected` strings alone, whose common beginning is the prompt;
+- HH-RLHF dialogue: `chosen` and `rejected` are whole strings "\\n\\nHuman: ...\\n\\nAssistant: ..." (the beginning may
+  stand in `prompt`);
+- `prompt`, `chosen`, `rejected` strings, or `chosen` and `rejected` alone, whose common beginning is the prompt;
 - conversational: `chosen` and `rejected` are lists of {"role", "content"}, with the prompt inside them or in `prompt`;
 - TL;DR comparison: `info` (the post), `summaries` (two texts) and `choice` (0 or 1).
 
@@ -12,7 +12,6 @@ A `margin` (how much better chosen is) may stand beside any of them.
 """
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from numbers import Real
@@ -116,11 +115,12 @@ def _strings(record: Mapping[str, Any]) -> tuple[list[Message], list[Message], b
 
 def _split_common_beginning(chosen: str, rejected: str) -> tuple[str, str, str]:
     """TRL's implicit prompt: what both strings begin with, cut back to a word's end that leaves both a response."""
-    common = len(os.path.commonprefix([chosen, rejected]))
+    shorter = min(len(chosen), len(rejected))
+    common = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
     end = next(
         (
             i
-            for i in range(min(common, len(chosen) - 1, len(rejected) - 1), 0, -1)
+            for i in range(min(common, shorter - 1), 0, -1)
             if chosen[i].isspace() and rejected[i].isspace() and chosen[i:].strip() and rejected[i:].strip()
         ),
         0,
