@@ -30,7 +30,7 @@ class BertFamily:
             )
         self._model = model
         modules = {getattr(block.attention, "self", block.attention): layer for layer, block in blocks.items()}
-        self._recorder = AttentionRecorder(modules, "teacher")
+        self._recorder = AttentionRecorder(modules, model.config, "teacher")
 
     @classmethod
     def load_arguments(cls, config: PretrainedConfig) -> dict[str, Any]:

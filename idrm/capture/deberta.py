@@ -113,8 +113,7 @@ def _project_v1(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None)
     """(T, hidden) -> q, k (T, H, D), pos_key, pos_query (slots, H, D) or None, and the number of score terms."""
     heads = attention.num_attention_heads
     q, k, _ = attention.in_proj(hidden).unflatten(-1, (heads, -1)).chunk(3, dim=-1)
-    # Under autocast the parameter would widen q alone.
-    q = q + attention.q_bias.to(q.dtype).unflatten(-1, (heads, -1))
+    q = q + attention.q_bias.unflatten(-1, (heads, -1))
     terms = attention.pos_att_type
     pos_key = pos_query = None
     if embeddings is not None and "c2p" in terms:

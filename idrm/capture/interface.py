@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.modeling_utils import AttentionInterface
 
 from idrm.errors import InputError
@@ -46,11 +47,12 @@ class AttentionRecorder:
     Args:
         layers: the layer of each attention module to watch; modules are told apart by identity, so that another model
             running inside the recording, or a wrapper around this one, makes no difference.
-        owner: whose layers they are, for errors.
+        config: the model's, and ``owner``: whose layers they are, for errors.
     """
 
-    def __init__(self, layers: Mapping[nn.Module, int], owner: str):
+    def __init__(self, layers: Mapping[nn.Module, int], config: PretrainedConfig, owner: str):
         self._layers = dict(layers)
+        self._config = config
         self._owner = owner
         self._blocks: dict[int, CapturedBlock] = {}
 
@@ -77,13 +79,11 @@ class AttentionRecorder:
             _active_recorders.remove(self)
         missing = sorted(set(self._layers.values()) - self._blocks.keys())
         if missing:
-            implementations = {
-                module.config._attn_implementation for module in self._layers if hasattr(module, "config")
-            }
+            implementation = self._config.get_text_config()._attn_implementation
             raise InputError(
                 f"{self._owner}: no query and key seen in layers {missing} under attention implementation "
-                f"{' or '.join(map(repr, sorted(implementations)))}: expected a forward pass of this very model (no "
-                "replica of it) through transformers' attention interface"
+                f"{implementation!r}: expected a forward pass of this very model (no replica of it) through "
+                "transformers' attention interface"
             )
 
     def take(self) -> dict[int, CapturedBlock]:

@@ -61,7 +61,7 @@ class QueryKeyCapture:
         if unknown:
             raise InputError(f"student: {type(model).__name__} has no modules whose layer_idx is one of {unknown}")
         self._model = model
-        self._recorder = AttentionRecorder(modules, "student")
+        self._recorder = AttentionRecorder(modules, model.config, "student")
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:

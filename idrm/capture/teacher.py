@@ -172,8 +172,8 @@ class Teacher:
                 teacher_token_type_ids (batch, tokens) int64; teacher_index (teacher_total_tokens,) int64, flat into
                 batch * tokens; teacher_positions (teacher_total_tokens,) int32, position in the joint input.
 
-        Returns PackedAttention with q and k (teacher_total_tokens, num_heads, head_dim) in the model's dtype and,
-        for DeBERTa, its DisentangledBias. Padding on either side changes nothing.
+        Returns PackedAttention with q and k (teacher_total_tokens, num_heads, head_dim) in the model's dtype
+        (autocast or not) and, for DeBERTa, its DisentangledBias. Padding on either side changes nothing.
 
         Raises ValueError for inputs beyond max_length.
         """
@@ -185,7 +185,9 @@ class Teacher:
             model_inputs["token_type_ids"] = inputs.teacher_token_type_ids
         if not self._counts_positions:
             model_inputs["position_ids"] = (inputs.teacher_attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        packed = self._family.attention(model_inputs, inputs.teacher_index, inputs.teacher_positions)
+        # DeBERTa v1 fails under autocast, and a teacher's dtype is chosen where it is loaded.
+        with torch.autocast(inputs.teacher_input_ids.device.type, enabled=False):
+            packed = self._family.attention(model_inputs, inputs.teacher_index, inputs.teacher_positions)
         return [packed[layer] for layer in self.layers]
 
 

@@ -1,0 +1,382 @@
+"""A teacher's packed attention equals transformers' own probabilities, restricted to content tokens."""
+
+import copy
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    ByT5Tokenizer,
+    DebertaConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from idrm.capture import Teacher
+from idrm.errors import InputError
+from idrm_kernels import MapLayout, PackedAttention, attention_map_distance, attention_map_rows
+
+HEADS = 4
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+RELATIVE = {**SIZES, "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0}
+V2 = {**RELATIVE, "pos_att_type": ["c2p", "p2c"], "norm_rel_ebd": "layer_norm"}
+CONFIGS = {
+    "bert": BertConfig(**SIZES),
+    "roberta": RobertaConfig(**SIZES | {"max_position_embeddings": 65, "type_vocab_size": 1}),
+    "xlm-roberta": XLMRobertaConfig(**SIZES | {"max_position_embeddings": 67, "pad_token_id": 2, "type_vocab_size": 1}),
+    "electra": ElectraConfig(**SIZES, embedding_size=16),
+    "distilbert": DistilBertConfig(
+        vocab_size=60, dim=32, hidden_dim=40, n_layers=3, n_heads=HEADS, max_position_embeddings=64
+    ),
+    "v1 plain": DebertaConfig(**SIZES),
+    "v1 no terms": DebertaConfig(**RELATIVE, pos_att_type=[]),
+    "v1 c2p": DebertaConfig(**RELATIVE, pos_att_type=["c2p"]),
+    "v1 p2c": DebertaConfig(**RELATIVE, pos_att_type=["p2c"]),
+    "v1 c2p p2c": DebertaConfig(**RELATIVE, pos_att_type="c2p|p2c"),
+    "v1 beyond the range": DebertaConfig(**RELATIVE, pos_att_type="c2p|p2c", max_relative_positions=10),
+    "v2 plain": DebertaV2Config(**SIZES),
+    "v2 no terms": DebertaV2Config(**V2 | {"pos_att_type": []}),
+    "v2 c2p": DebertaV2Config(**V2 | {"pos_att_type": ["c2p"]}),
+    "v2 p2c": DebertaV2Config(**V2 | {"pos_att_type": ["p2c"]}),
+    "v2 c2p p2c": DebertaV2Config(**V2),
+    "v2 beyond the range": DebertaV2Config(**V2, max_relative_positions=10),
+    "v2 share_att_key": DebertaV2Config(**V2, share_att_key=True),
+    "v2 share_att_key c2p": DebertaV2Config(**V2 | {"pos_att_type": ["c2p"]}, share_att_key=True),
+    "v2 buckets": DebertaV2Config(**V2, position_buckets=16, share_att_key=True),
+    "v2 buckets beyond the range": DebertaV2Config(**V2, position_buckets=8, max_relative_positions=20),
+    "v2 odd buckets": DebertaV2Config(**V2, position_buckets=7, max_relative_positions=20),
+    "v2 no layer norm, absolute positions": DebertaV2Config(
+        **V2 | {"norm_rel_ebd": "none", "position_biased_input": True}
+    ),
+    "v2 convolution": DebertaV2Config(**V2, position_buckets=16, conv_kernel_size=3),
+}
+BOUNDED = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "plain", "absolute positions")
+
+
+def is_bounded(name):
+    return name.startswith(BOUNDED) or name.endswith(BOUNDED)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "yes", "no"])}
+    backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def build(config):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(copy.deepcopy(config)).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=float(name.lower().endswith("norm.weight")), std=0.35)
+    return model.eval()
+
+
+def interaction_inputs(config, lengths, padding_side="right"):
+    """Joint inputs [CLS] chosen [SEP] rejected [SEP] of these (chosen, rejected) lengths; content tokens are kept."""
+    generator = torch.Generator().manual_seed(2)
+    width = max(chosen + rejected + 3 for chosen, rejected in lengths)
+    fields = {"ids": [], "mask": [], "types": [], "index": [], "positions": []}
+    for row, (chosen, rejected) in enumerate(lengths):
+        length = chosen + rejected + 3
+        start = width - length if padding_side == "left" else 0
+        ids = torch.full((width,), config.pad_token_id)
+        ids[start : start + length] = torch.randint(5, 60, (length,), generator=generator)
+        mask = torch.zeros(width, dtype=torch.long)
+        mask[start : start + length] = 1
+        types = torch.zeros(width, dtype=torch.long)
+        types[start + chosen + 2 : start + length] = 1
+        content = torch.cat([torch.arange(1, chosen + 1), torch.arange(chosen + 2, length - 1)])
+        for field, value in zip(fields, (ids, mask, types, row * width + start + content, content), strict=True):
+            fields[field].append(value)
+    return SimpleNamespace(
+        teacher_input_ids=torch.stack(fields["ids"]),
+        teacher_attention_mask=torch.stack(fields["mask"]),
+        teacher_token_type_ids=torch.stack(fields["types"]),
+        teacher_index=torch.cat(fields["index"]),
+        teacher_positions=torch.cat(fields["positions"]).int(),
+    )
+
+
+def layout_of(lengths):
+    counts = torch.tensor([0, *(length for pair in lengths for length in pair)])
+    return MapLayout.build(counts.cumsum(0), segments=2)
+
+
+def dense_probabilities(config, inputs):
+    """Per layer and example transformers' (heads, content, content) map, of the example alone and without padding."""
+    model = build(config)
+    model.config._attn_implementation_internal = "eager"
+    width = inputs.teacher_input_ids.shape[1]
+    maps = []
+    for row in range(len(inputs.teacher_input_ids)):
+        real = inputs.teacher_attention_mask[row].bool()
+        arguments = {"input_ids": inputs.teacher_input_ids[row, real][None], "attention_mask": real[real].long()[None]}
+        if config.model_type in ("bert", "electra"):
+            arguments["token_type_ids"] = inputs.teacher_token_type_ids[row, real][None]
+        with torch.no_grad():
+            attentions = model(**arguments, output_attentions=True).attentions
+        own = inputs.teacher_index // width == row
+        content = inputs.teacher_positions[own].long()
+        of_content = [attention[0][:, content][:, :, content] for attention in attentions]
+        maps.append([probability / probability.sum(-1, keepdim=True) for probability in of_content])
+    return list(zip(*maps, strict=True))
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_equals_transformers_probabilities(name, padding_side, tokenizer):
+    config = CONFIGS[name]
+    lengths = [(20, 31), (9, 4)] if is_bounded(name) else [(20, 31), (70, 75), (9, 4)]
+    inputs = interaction_inputs(config, lengths, padding_side)
+    expected = dense_probabilities(config, inputs)
+    teacher = Teacher(build(config), tokenizer, [-1, 0])
+    layout = layout_of(lengths)
+    packed = teacher.attention(inputs)
+    assert len(packed) == 2
+    for attention, layer in zip(packed, (2, 0), strict=True):
+        assert attention.q.shape == (sum(map(sum, lengths)), HEADS, 8)
+        assert not attention.q.requires_grad
+        dense = [probability[:, row] for probability in expected[layer] for row in range(probability.shape[1])]
+        chosen_rows = range(0, layout.total_units, 5)
+        rows = attention_map_rows(
+            attention, layout, chosen_rows, normalization="joint", num_head_groups=HEADS, teacher_side=True
+        )
+        for ours, row in zip(rows, chosen_rows, strict=True):
+            torch.testing.assert_close(ours, dense[row], rtol=0, atol=1e-10)
+        # Far from uniform, so that an error would show.
+        assert torch.stack([(row.amax(dim=-1) * row.shape[-1]).mean() for row in dense]).mean() > 3
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["bert", "v1 c2p p2c", "v2 buckets", "v2 no terms"])
+def test_distance_equals_one_from_dense_probabilities(name, impl, tokenizer):
+    config, lengths = CONFIGS[name], [(20, 31), (9, 4)]
+    inputs, layout = interaction_inputs(config, lengths), layout_of(lengths)
+    torch.manual_seed(3)
+    student = PackedAttention(q=torch.randn(64, 6, 8).double(), k=torch.randn(64, 2, 8).double())
+    (attention,) = Teacher(build(config), tokenizer, [-1]).attention(inputs)
+    distance = attention_map_distance(student, attention, layout, impl=impl)[0]
+
+    start, expected = 0, []
+    for (chosen, rejected), teacher_map in zip(lengths, dense_probabilities(config, inputs)[-1], strict=True):
+        tokens = slice(start, start + chosen + rejected)
+        keys = student.k[tokens].repeat_interleave(3, dim=1)
+        scores = torch.einsum("ihd,jhd->hij", student.q[tokens], keys) * 8**-0.5
+        of_segment = []
+        for columns in (slice(0, chosen), slice(chosen, chosen + rejected)):
+            theirs = teacher_map[:, :, columns] / teacher_map[:, :, columns].sum(-1, keepdim=True)
+            difference = scores[:, :, columns].softmax(-1).mean(0) - theirs.mean(0)
+            of_segment.append(difference.square().sum(-1))
+        expected.append(torch.stack(of_segment, dim=-1))
+        start += chosen + rejected
+    torch.testing.assert_close(distance, torch.cat(expected), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["v1 c2p p2c", "v2 c2p p2c", "v2 buckets"])
+def test_position_tables_are_linear_in_the_content_tokens(name, tokenizer):
+    inputs = interaction_inputs(CONFIGS[name], [(9, 4), (5, 5)])
+    (attention,) = Teacher(build(CONFIGS[name]), tokenizer).attention(inputs)
+    bias = attention.position_bias
+    assert bias.c2p.shape == bias.p2c.shape
+    assert bias.c2p.shape[:2] == (23, HEADS)
+    assert bias.c2p.is_contiguous()
+    assert bias.p2c.is_contiguous()
+    assert bias.slot_of_delta.min() == 0
+    assert bias.slot_of_delta.max() == bias.c2p.shape[2] - 1
+    assert bias.positions.tolist() == [*range(1, 10), *range(11, 15), *range(1, 6), *range(7, 12)]
+
+
+@pytest.mark.parametrize("name", ["bert", "v1 c2p p2c", "v2 buckets"])
+def test_layers_above_the_highest_supervised_one_are_left_out(name, tokenizer):
+    inputs = interaction_inputs(CONFIGS[name], [(9, 4)])
+    whole = Teacher(build(CONFIGS[name]), tokenizer, [-2, -1]).attention(inputs)[0]
+    model = build(CONFIGS[name])
+    teacher = Teacher(model, tokenizer, [-2])
+    assert len(model.encoder.layer) == 2
+    assert teacher.layers == (1,)
+    assert torch.equal(teacher.attention(inputs)[0].q, whole.q)
+
+
+@pytest.mark.parametrize("name", ["bert", "v1 c2p p2c", "v2 share_att_key"])
+def test_the_teachers_dtype_is_its_own(name, tokenizer):
+    inputs, layout = interaction_inputs(CONFIGS[name], [(9, 4)]), layout_of([(9, 4)])
+    (exact,) = Teacher(build(CONFIGS[name]), tokenizer).attention(inputs)
+    teacher = Teacher(build(CONFIGS[name]).bfloat16(), tokenizer)
+    (plain,) = teacher.attention(inputs)
+    with torch.autocast("cpu", dtype=torch.float16):
+        (under_autocast,) = teacher.attention(inputs)
+    assert plain.q.dtype == plain.k.dtype == torch.bfloat16
+    assert torch.equal(plain.q, under_autocast.q)
+    maps = [
+        torch.stack(attention_map_rows(attention, layout, range(13), teacher_side=True)).double()
+        for attention in (plain, exact)
+    ]
+    assert (maps[0] - maps[1]).abs().mean() < 0.02
+
+
+def test_max_length():
+    lengths = {
+        name: Teacher(build(config), SimpleNamespace(model_input_names=[])).max_length
+        for name, config in CONFIGS.items()
+    }
+    assert lengths["bert"] == lengths["roberta"] == lengths["xlm-roberta"] == lengths["distilbert"] == 64
+    assert lengths["v1 plain"] == 64
+    assert lengths["v1 c2p"] is None
+    assert lengths["v2 buckets"] is None
+
+
+def test_inputs_beyond_max_length_are_refused(tokenizer):
+    inputs = interaction_inputs(CONFIGS["roberta"], [(30, 32)])
+    with pytest.raises(ValueError, match="teacher_input_ids: expected at most 64 tokens, got 65"):
+        Teacher(build(CONFIGS["roberta"]), tokenizer).attention(inputs)
+
+
+def test_layers_beyond_the_depth(tokenizer):
+    with pytest.raises(InputError, match="teacher: layer 3 is beyond the model's depth"):
+        Teacher(build(CONFIGS["bert"]), tokenizer, [3])
+
+
+def test_talking_heads_are_refused(tokenizer):
+    config = DebertaConfig(**RELATIVE, pos_att_type="c2p|p2c", talking_head=True)
+    with pytest.raises(InputError, match="expected talking_head=False"):
+        Teacher(build(config), tokenizer)
+
+
+NLI = {"id2label": {0: "contradiction", 1: "entailment", 2: "neutral"}}
+
+
+def save(folder, config, tokenizer, auto_class=AutoModelForSequenceClassification, **fields):
+    config = copy.deepcopy(config)
+    config.update(fields)
+    torch.manual_seed(0)
+    auto_class.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "v1 c2p p2c", "v2 buckets"])
+def test_loading_a_classifier_gives_its_frozen_encoder_in_silence(name, tokenizer, tmp_path, caplog, capfd):
+    path = save(tmp_path, CONFIGS[name], tokenizer, **NLI)
+    capfd.readouterr()
+    with caplog.at_level(logging.WARNING):
+        teacher = Teacher.load(path, layers=[-1, -2], dtype=torch.float64)
+    assert not caplog.records
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+    assert teacher.num_heads == HEADS
+    assert teacher.layers == (2, 1)
+    inputs = interaction_inputs(CONFIGS[name], [(9, 4)])
+    classifier = AutoModelForSequenceClassification.from_pretrained(path).double()
+    expected = Teacher(classifier.base_model, teacher.tokenizer, [-1, -2]).attention(inputs)
+    for ours, theirs in zip(teacher.attention(inputs), expected, strict=True):
+        assert torch.equal(ours.k, theirs.k)
+        assert not ours.k.requires_grad
+
+
+def test_an_attention_implementation_may_be_chosen(tokenizer, tmp_path):
+    path = save(tmp_path, CONFIGS["bert"], tokenizer, **NLI)
+    inputs = interaction_inputs(CONFIGS["bert"], [(9, 4)])
+    eager, sdpa = (
+        Teacher.load(path, attn_implementation=name, dtype=torch.float64).attention(inputs)[0].q
+        for name in ("eager", "sdpa")
+    )
+    torch.testing.assert_close(eager, sdpa, rtol=0, atol=1e-12)
+    with pytest.raises(InputError, match="attention implementation 'flex_attention' is unknown"):
+        Teacher.load(path, attn_implementation="flex_attention")
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "fields"),
+    [(AutoModelForSequenceClassification, {}), (AutoModel, NLI)],
+    ids=["other labels", "base checkpoint"],
+)
+def test_a_teacher_that_is_no_nli_classifier_gets_a_warning(auto_class, fields, tokenizer, tmp_path, caplog):
+    path = save(tmp_path, CONFIGS["bert"], tokenizer, auto_class, **fields)
+    Teacher.load(path)
+    assert "is no NLI classifier" in caplog.text
+
+
+def test_loading_under_a_zero3_configuration_leaves_the_weights_whole(tokenizer, tmp_path):
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, deepspeed_config, is_deepspeed_zero3_enabled
+
+    path = save(tmp_path, CONFIGS["bert"], tokenizer, **NLI)
+    configured = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    teacher = Teacher.load(path)
+    assert is_deepspeed_zero3_enabled()
+    assert deepspeed_config() is configured.config
+    (attention,) = teacher.attention(interaction_inputs(CONFIGS["bert"], [(9, 4)]))
+    assert attention.q.shape == (13, HEADS, 8)
+
+
+def test_an_unsupported_family_is_refused_by_name(tokenizer, tmp_path):
+    ModernBertConfig(**NLI).save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match=r"'modernbert' is not supported; expected one of bert, .*roberta.* deberta-v2"
+    ):
+        Teacher.load(str(tmp_path))
+
+
+def test_a_slow_tokenizer_is_refused(tokenizer, tmp_path):
+    path = save(tmp_path, CONFIGS["bert"], ByT5Tokenizer(), **NLI)
+    with pytest.raises(InputError, match="ByT5Tokenizer is a slow tokenizer"):
+        Teacher.load(path)
+
+
+def test_a_missing_tokenizer_is_refused(tokenizer, tmp_path):
+    path = save(tmp_path, CONFIGS["bert"], tokenizer, **NLI)
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"expected a tokenizer beside the weights|cannot load a fast tokenizer"):
+        Teacher.load(path)
+
+
+def test_a_pickled_checkpoint_is_refused(tokenizer, tmp_path):
+    path = save(tmp_path, CONFIGS["bert"], tokenizer, **NLI)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot load the model from safetensors weights") as refusal:
+        Teacher.load(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_that_lacks_encoder_weights_is_refused(tokenizer, tmp_path):
+    path = save(tmp_path, CONFIGS["bert"], tokenizer, **NLI)
+    deeper = copy.deepcopy(CONFIGS["bert"])
+    deeper.update({"num_hidden_layers": 4, "architectures": ["BertForSequenceClassification"]})
+    deeper.save_pretrained(path)
+    with pytest.raises(InputError, match=r"lacks 16 weights of BertModel, among them encoder\.layer\.3"):
+        Teacher.load(path)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot load the configuration"):
+        Teacher.load(str(tmp_path / "nothing"))
