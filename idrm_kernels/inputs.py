@@ -18,7 +18,7 @@ class DisentangledBias:
     Attributes:
         positions: (total_tokens,) int32, position of each token in the teacher's joint input, specials counted.
         slot_of_delta: (2 * max_delta + 1,) int32, the slot of each position difference; differences beyond clamp.
-        c2p: (total_tokens, num_heads, num_slots), q's dtype or float32, already scaled; None where the teacher has none.
+        c2p: (total_tokens, num_heads, num_slots), q's dtype or float32, already scaled; None where there is none.
         p2c: the same for position-to-content, indexed by the key token.
     """
 

@@ -99,14 +99,16 @@ def _register_loss(name: str, module: ModuleType) -> Callable:
     def split(arguments) -> tuple[MapProblem, LossOptions]:
         return MapProblem(*arguments[:-num_options]), LossOptions(*arguments[-num_options:])
 
-    def scaled(gradient: Tensor, dq: Tensor, dk: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return (dq * gradient).to(dtype), (dk * gradient).to(dtype)
+    def scaled(gradient: Tensor, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return (dq * gradient).to(q.dtype), (dk * gradient).to(k.dtype)
 
     backward = _define(
         f"attention_map_loss_{name}_backward",
-        "(Tensor gradient, Tensor dq, Tensor dk, ScalarType dtype) -> (Tensor, Tensor)",
+        # q and k are inputs so that the gradients depend on them in a graph: a second derivative then raises, where
+        # it would otherwise leave this part out and be wrong.
+        "(Tensor gradient, Tensor dq, Tensor dk, Tensor q, Tensor k) -> (Tensor, Tensor)",
         scaled,
-        lambda gradient, dq, dk, dtype: (torch.empty_like(dq, dtype=dtype), torch.empty_like(dk, dtype=dtype)),
+        lambda gradient, dq, dk, q, k: (torch.empty_like(q), torch.empty_like(k)),
     )
     torch.library.register_autograd(backward, _refuse_second_derivative)
     forward = _define(
@@ -119,15 +121,14 @@ def _register_loss(name: str, module: ModuleType) -> Callable:
     def setup_context(ctx, inputs, output):
         problem, options = split(inputs)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[3:])
+        ctx.save_for_backward(*output[3:], problem.q, problem.k)
         ctx.has_gradients = options.needs_grad
-        ctx.dtype = problem.q.dtype
         ctx.num_inputs = len(inputs)
 
     def differentiate(ctx, gradient, *others):
         if not ctx.has_gradients:
             raise RuntimeError("idrm_kernels: backward of a loss that was computed with needs_grad=False")
-        dq, dk = backward(gradient, *ctx.saved_tensors, ctx.dtype)
+        dq, dk = backward(gradient, *ctx.saved_tensors)
         return dq, dk, *(None for _ in range(ctx.num_inputs - 2))
 
     torch.library.register_autograd(forward, differentiate, setup_context=setup_context)

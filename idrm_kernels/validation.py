@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments: shapes, dtypes, devices and divisibility, never values on a device."""
+"""Checks of the public functions' arguments: shapes, dtypes, devices, divisibility; values on the host only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def check_number(name: str, value: float) -> None:
     """Raises TypeError or ValueError unless value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # Not math.isfinite: under torch.compile a weight may be symbolic.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
@@ -131,6 +132,11 @@ def _check_bias(name: str, bias: DisentangledBias, q: Tensor) -> None:
             )
         if bias.c2p is not None and table.shape != bias.c2p.shape:
             raise ValueError(f"{name}.p2c: expected the shape of c2p {tuple(bias.c2p.shape)}, got {tuple(table.shape)}")
+        if bias.slot_of_delta.device.type == "cpu" and not torch.compiler.is_compiling():
+            least, most = bias.slot_of_delta.aminmax()
+            if least < 0 or most >= table.shape[2]:
+                beyond = int(least) if least < 0 else int(most)
+                raise ValueError(f"{name}.slot_of_delta: expected slots in [0, {table.shape[2]}), got {beyond}")
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:

@@ -1,0 +1,283 @@
+"""Every implementation against oracles: values and both gradients, in float64 and in the dtypes of training."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from idrm_kernels import attention_map_distance, attention_map_loss
+from idrm_kernels.testing.cases import Case, error_bound, make_problem
+from idrm_kernels.testing.oracle import oracle_distance, oracle_loss
+
+RAGGED = ((7, 5), (1, 9), (0, 4), (0, 0))
+
+# One combination a line; together every pair of options occurs.
+CASES = {
+    "plain": Case(lengths=RAGGED),
+    "joint": Case(lengths=RAGGED, normalization="joint", weighted=True),
+    "kl": Case(lengths=RAGGED, metric="kl", reduction="row_sq", num_head_groups=2),
+    "kl-joint-merged": Case(lengths=RAGGED, metric="kl", normalization="joint", merged=True, reduction="row"),
+    "kl-frobenius-peaked": Case(lengths=RAGGED, metric="kl", weighted=True, merged=True, peak=8.0),
+    "row": Case(lengths=RAGGED, reduction="row", weighted=True, inter_weight=0.3),
+    "row_sq-joint-groups": Case(lengths=RAGGED, reduction="row_sq", normalization="joint", num_head_groups=2),
+    "merged": Case(lengths=RAGGED, merged=True, intra_weight=0.7, inter_weight=1.3),
+    "merged-joint-weights": Case(lengths=RAGGED, merged=True, normalization="joint", weighted=True, inter_weight=2.0),
+    "bias": Case(lengths=RAGGED, bias="both", reduction="row_sq"),
+    "c2p-merged": Case(lengths=RAGGED, bias="c2p", merged=True, num_head_groups=2),
+    "p2c-joint": Case(lengths=RAGGED, bias="p2c", normalization="joint", reduction="row"),
+    "bias-kl-joint-merged": Case(lengths=RAGGED, bias="both", metric="kl", normalization="joint", merged=True),
+    "stored": Case(lengths=RAGGED, teacher="stored", num_head_groups=2),
+    "stored-joint-kl": Case(lengths=RAGGED, teacher="stored", normalization="joint", metric="kl", merged=True),
+    "stored-row": Case(lengths=RAGGED, teacher="stored", reduction="row", weighted=True, merged=True),
+    "heads-apart": Case(lengths=RAGGED, num_heads=4, num_kv_heads=4, teacher_heads=4, num_head_groups=4),
+    "groups-across-kv-heads": Case(
+        lengths=RAGGED, num_heads=6, num_kv_heads=2, teacher_heads=3, num_head_groups=3, reduction="row_sq"
+    ),
+    "one-kv-head": Case(lengths=RAGGED, num_kv_heads=1, num_head_groups=2, merged=True),
+    "one-segment": Case(lengths=((9,), (1,), (0,), (4,)), reduction="row"),
+    "causal": Case(lengths=((9,), (1,), (0,)), causal=True),
+    "causal-merged-kl": Case(lengths=((9,), (3,)), causal=True, merged=True, metric="kl", reduction="row_sq"),
+    "causal-stored-joint": Case(lengths=((9,), (3,)), causal=True, teacher="stored", normalization="joint"),
+    "three-segments": Case(lengths=((4, 3, 5), (0, 2, 1)), num_head_groups=2, weighted=True),
+    "three-segments-joint": Case(lengths=((4, 3, 5), (0, 2, 1)), normalization="joint", merged=True, inter_weight=0.5),
+    "intra-only": Case(lengths=RAGGED, inter_weight=0.0, normalization="joint"),
+    "softmax-scale": Case(lengths=RAGGED, softmax_scale=0.9, merged=True),
+    "no-examples": Case(lengths=()),
+    "empty-examples": Case(lengths=((0, 0), (0, 0))),
+}
+
+
+def outputs(problem, case, compute_distance, compute_loss):
+    """Distance, its gradients under random weights, the loss and its gradients."""
+    problem, q, k = problem.leaves()
+    loss = compute_loss(problem)
+    # Without any rows an oracle's graph does not reach q and k.
+    unreached = 0 * (q.sum() + k.sum())
+    loss_gradients = torch.autograd.grad(loss + unreached, (q, k), retain_graph=True)
+    distance = compute_distance(problem)
+    generator = torch.Generator().manual_seed(7)
+    incoming = torch.randn(distance.shape, generator=generator, dtype=torch.float64).to(distance)
+    distance_gradients = torch.autograd.grad((distance * incoming).sum() + unreached, (q, k))
+    names = ("loss", "loss_dq", "loss_dk", "distance", "distance_dq", "distance_dk")
+    return dict(zip(names, (loss, *loss_gradients, distance, *distance_gradients), strict=True))
+
+
+def implementation_outputs(problem, case, impl, **options):
+    def loss(problem):
+        return attention_map_loss(
+            problem.student,
+            problem.teacher,
+            problem.layout,
+            row_weights=problem.row_weights,
+            impl=impl,
+            **case.map_options,
+            **case.loss_options,
+            **options,
+        ).loss
+
+    def distance(problem):
+        return attention_map_distance(
+            problem.student, problem.teacher, problem.layout, impl=impl, **case.map_options, **options
+        )
+
+    return outputs(problem, case, distance, loss)
+
+
+def oracle_outputs(problem, case):
+    def distance(problem):
+        return oracle_distance(problem.student, problem.teacher, problem.layout, **case.map_options)
+
+    def loss(problem):
+        return oracle_loss(distance(problem), problem.layout, row_weights=problem.row_weights, **case.loss_options)
+
+    return outputs(problem, case, distance, loss)
+
+
+@pytest.mark.usefixtures("poisoned_buffers")
+@pytest.mark.parametrize("name", CASES)
+def test_float64_equals_the_oracle(name, impl):
+    case = dataclasses.replace(CASES[name], dtype=torch.float64)
+    problem = make_problem(case)
+    expected = oracle_outputs(problem, case)
+    for output, value in implementation_outputs(problem, case, impl).items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, expected[output], rtol=1e-9, atol=1e-10, msg=lambda m, o=output: f"{o}: {m}")
+
+
+# Lengths around the tile of 64 rows; units of several tokens on both sides make the teacher's tiles ragged too.
+LARGE = {
+    "block": Case(lengths=((127, 64), (1, 193)), num_heads=4, num_kv_heads=2, head_dim=32, teacher_head_dim=16),
+    "joint-kl": Case(
+        lengths=((63, 100), (65, 7)),
+        normalization="joint",
+        metric="kl",
+        reduction="row_sq",
+        head_dim=32,
+        num_head_groups=2,
+    ),
+    "merged-bias-row": Case(lengths=((63, 40), (65, 7)), merged=True, bias="both", reduction="row", weighted=True),
+    "attention-sinks": Case(lengths=((127, 64),), peak=12.0, head_dim=32, teacher="stored"),
+    "causal": Case(lengths=((130,), (64,)), causal=True, head_dim=16),
+}
+
+
+@pytest.mark.usefixtures("poisoned_buffers")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_error_is_at_most_twice_that_of_plain_pytorch(name, dtype, impl):
+    case = dataclasses.replace(LARGE[name], dtype=dtype)
+    problem = make_problem(case)
+    exact = implementation_outputs(problem.to(torch.float64), case, "reference")
+    plain = naive_outputs(problem, case)
+    for output, value in implementation_outputs(problem, case, impl).items():
+        expected_dtype = dtype if output.endswith(("dq", "dk")) else torch.float32
+        assert value.dtype == expected_dtype, output
+        bound = error_bound(plain[output], exact[output], dtype)
+        error = (value.double() - exact[output]).abs().max()
+        assert error <= bound, f"{output}: error {error:.3g} above {bound:.3g}"
+
+
+def naive_outputs(problem, case):
+    """What a user would write: products in the inputs' dtype, softmax in float32, the maps held, autograd."""
+
+    def unit_maps(attention, layout, teacher_side, example):
+        offsets = layout.teacher_unit_offsets if teacher_side else layout.unit_offsets
+        bounds = layout.cu_units[example * layout.segments : (example + 1) * layout.segments + 1]
+        units = offsets[bounds[0] : bounds[-1] + 1]
+        tokens = slice(int(units[0]), int(units[-1]))
+        q = attention.q[tokens].transpose(0, 1)
+        k = attention.k[tokens].transpose(0, 1).repeat_interleave(len(q) // attention.k.shape[1], dim=0)
+        scores = (attention.scale * (q @ k.transpose(1, 2))).float()
+        if attention.position_bias is not None:
+            bias = attention.position_bias
+            limit = len(bias.slot_of_delta) // 2
+            delta = (bias.positions[tokens, None] - bias.positions[None, tokens]).long().clamp(-limit, limit)
+            slots = bias.slot_of_delta[delta + limit].long().expand_as(scores)
+            c2p, p2c = (table[tokens].transpose(0, 1).float() for table in (bias.c2p, bias.p2c))
+            scores = scores + c2p.gather(2, slots) + p2c.gather(2, slots.transpose(1, 2)).transpose(1, 2)
+        if attention.causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        starts = (offsets[bounds] - tokens.start).tolist()
+        parts = list(itertools.pairwise(starts)) if case.normalization == "block" else [(0, starts[-1])]
+        p = torch.cat([scores[..., a:b].softmax(-1) for a, b in parts], dim=-1)
+        p = p.unflatten(0, (case.num_head_groups, -1)).mean(1)
+        counts = units.diff()
+        member = torch.eye(len(counts)).repeat_interleave(counts, dim=0)
+        return (member / counts).T @ p @ member
+
+    def distance(problem):
+        layout, parts = problem.layout, []
+        for example in range(layout.num_examples):
+            student = unit_maps(problem.student, layout, False, example)
+            if case.teacher == "stored":
+                size = student.shape[-1]
+                teacher = problem.teacher.maps[example, :, :size, :size].float()
+            else:
+                teacher = unit_maps(problem.teacher, layout, True, example)
+            if case.metric == "l2":
+                entries = (student - teacher).square()
+            else:
+                log_ratio = teacher.clamp_min(1e-30).log() - student.clamp_min(1e-30).log()
+                entries = teacher * log_ratio - teacher + student
+            bounds = layout.cu_units[example * layout.segments : (example + 1) * layout.segments + 1]
+            widths = bounds.diff().tolist()
+            parts.append(torch.stack([block.sum(-1) for block in entries.split(widths, dim=-1)], dim=-1).clamp_min(0))
+        return torch.cat(parts, dim=1)
+
+    def loss(problem):
+        return oracle_loss(distance(problem), problem.layout, row_weights=problem.row_weights, **case.loss_options)
+
+    return outputs(problem, case, distance, loss)
+
+
+@pytest.mark.parametrize("name", ["plain", "kl-joint-merged", "stored"])
+def test_intra_and_inter_are_the_unweighted_parts(name, impl):
+    case = dataclasses.replace(CASES[name], dtype=torch.float64, intra_weight=0.25, inter_weight=3.0)
+    problem, q, _ = make_problem(case).leaves()
+    result = attention_map_loss(
+        problem.student, problem.teacher, problem.layout, impl=impl, **case.map_options, **case.loss_options
+    )
+    torch.testing.assert_close(result.loss, 0.25 * result.intra + 3 * result.inter)
+    assert result.loss.requires_grad
+    assert not result.intra.requires_grad
+    assert not result.inter.requires_grad
+    assert torch.autograd.grad(result.loss, q)[0].abs().max() > 0
+
+
+def test_scalars_are_float32_for_every_training_dtype(impl):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        problem = make_problem(Case(dtype=dtype))
+        result = attention_map_loss(problem.student, problem.teacher, problem.layout, impl=impl)
+        assert {value.dtype for value in result} == {torch.float32}
+        assert all(value.shape == () for value in result)
+
+
+def test_student_and_teacher_may_differ_in_dtype(impl):
+    problem = make_problem(Case(dtype=torch.bfloat16))
+    teacher = dataclasses.replace(problem.teacher, q=problem.teacher.q.float(), k=problem.teacher.k.float())
+    same = attention_map_loss(problem.student, problem.teacher, problem.layout, impl=impl).loss
+    assert torch.equal(attention_map_loss(problem.student, teacher, problem.layout, impl=impl).loss, same)
+
+
+def test_equal_maps_have_distance_and_gradient_zero(impl):
+    problem, q, k = make_problem(Case(dtype=torch.float64)).leaves()
+    teacher = problem.student.detach()
+    for reduction in ("frobenius", "row", "row_sq"):
+        loss = attention_map_loss(problem.student, teacher, problem.layout, reduction=reduction, impl=impl).loss
+        assert loss == 0
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(loss, (q, k)))
+
+
+def test_a_unit_longer_than_a_tile(impl):
+    """150 student and 200 teacher tokens in one unit: rows and columns of a unit cross tiles."""
+    from idrm_kernels import MapLayout, PackedAttention
+
+    generator = torch.Generator().manual_seed(0)
+    units = torch.tensor([0, 1, *[2] * 150, 3, 3])
+    teacher_units = torch.tensor([0, *[1] * 200, 2, 3])
+    layout = MapLayout.build(
+        [0, 2, len(units)],
+        teacher_cu_seqlens=[0, 201, len(teacher_units)],
+        cu_units=[0, 2, 4],
+        unit_of_token=units,
+        teacher_unit_of_token=teacher_units,
+    )
+    q, k = (torch.randn(len(units), 2, 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in "qk")
+    tq, tk = (torch.randn(len(teacher_units), 2, 8, generator=generator, dtype=torch.float64) for _ in "qk")
+    student, teacher = PackedAttention(q, k), PackedAttention(tq, tk)
+    expected = oracle_loss(oracle_distance(student, teacher, layout), layout)
+    loss = attention_map_loss(student, teacher, layout, impl=impl).loss
+    torch.testing.assert_close(loss, expected)
+    for own, oracle in zip(torch.autograd.grad(loss, (q, k)), torch.autograd.grad(expected, (q, k)), strict=True):
+        torch.testing.assert_close(own, oracle, rtol=1e-9, atol=1e-12)
+
+
+def test_teacher_receives_no_gradient(impl):
+    problem = make_problem(Case(dtype=torch.float64, bias="both"))
+    student, q, _ = problem.leaves()
+    bias = problem.teacher.position_bias
+    bias = dataclasses.replace(bias, c2p=bias.c2p.requires_grad_(), p2c=bias.p2c.requires_grad_())
+    teacher = dataclasses.replace(
+        problem.teacher, q=problem.teacher.q.requires_grad_(), k=problem.teacher.k.requires_grad_(), position_bias=bias
+    )
+    attention_map_loss(student.student, teacher, problem.layout, impl=impl).loss.backward()
+    assert q.grad is not None
+    assert [t.grad for t in (teacher.q, teacher.k, bias.c2p, bias.p2c)] == [None] * 4
+
+
+def test_float16_gradients_survive_a_loss_scale(impl):
+    """Unscaled, these gradients are far below float16's smallest number; scaled as a loss scaler does, they fit."""
+    case = Case(dtype=torch.float16, lengths=((127, 64),) * 4, head_dim=32)
+    problem, q, k = make_problem(case).leaves()
+    scale = 2.0**16
+    loss = attention_map_loss(
+        problem.student, problem.teacher, problem.layout, reduction="row_sq", intra_weight=1e-4, impl=impl
+    ).loss
+    scaled = torch.autograd.grad(loss * scale, (q, k))
+    exact, q64, k64 = make_problem(case).to(torch.float64).leaves()
+    loss = attention_map_loss(
+        exact.student, exact.teacher, exact.layout, reduction="row_sq", intra_weight=1e-4, impl="reference"
+    ).loss
+    for own, reference in zip(scaled, torch.autograd.grad(loss * scale, (q64, k64)), strict=True):
+        assert (own.double() - reference).abs().max() <= 4 * torch.finfo(torch.float16).eps * reference.abs().max()

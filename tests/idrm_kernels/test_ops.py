@@ -1,0 +1,243 @@
+"""The registered ops: gradcheck, opcheck, torch.compile, autocast, checkpointing, and what repeats bit for bit."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from idrm_kernels import MapLayout, PackedAttention, attention_map_distance, attention_map_loss
+from idrm_kernels.api import _arguments
+from idrm_kernels.ops import OPS
+from idrm_kernels.testing.cases import Case, make_problem
+
+SMALL = Case(lengths=((3, 2), (0, 4)), dtype=torch.float64, num_heads=2, num_kv_heads=1, head_dim=3)
+GRADCHECK_CASES = {
+    "frobenius": SMALL,
+    "joint-kl-row_sq": dataclasses.replace(SMALL, normalization="joint", metric="kl", reduction="row_sq"),
+    "joint-merged": dataclasses.replace(SMALL, normalization="joint", merged=True, weighted=True),
+    "row-groups": dataclasses.replace(SMALL, reduction="row", num_head_groups=2, merged=True, inter_weight=0.4),
+}
+
+
+@pytest.mark.parametrize("name", GRADCHECK_CASES)
+def test_gradcheck(name, impl):
+    case = GRADCHECK_CASES[name]
+    problem, q, k = make_problem(case).leaves()
+
+    def loss(q, k):
+        student = dataclasses.replace(problem.student, q=q, k=k)
+        return attention_map_loss(
+            student,
+            problem.teacher,
+            problem.layout,
+            row_weights=problem.row_weights,
+            impl=impl,
+            **case.map_options,
+            **case.loss_options,
+        ).loss
+
+    def distance(q, k):
+        student = dataclasses.replace(problem.student, q=q, k=k)
+        return attention_map_distance(student, problem.teacher, problem.layout, impl=impl, **case.map_options)
+
+    assert torch.autograd.gradcheck(loss, (q, k))
+    assert torch.autograd.gradcheck(distance, (q, k))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "requires-grad"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(bias="both", merged=True),
+        Case(teacher="stored", dtype=torch.bfloat16, num_head_groups=2),
+        Case(lengths=(), normalization="joint"),
+        Case(lengths=((5,), (3,)), causal=True, dtype=torch.float16, reduction="row"),
+    ],
+    ids=["bias", "stored", "empty", "causal"],
+)
+def test_opcheck(case, requires_grad, impl):
+    problem = make_problem(case)
+    if requires_grad:
+        problem, _, _ = problem.leaves()
+    arguments = _arguments(
+        problem.student, problem.teacher, problem.layout, *case.map_options.values(), workspace_bytes=1 << 20
+    )
+    torch.library.opcheck(OPS[impl].distance, arguments)
+    options = (problem.row_weights, case.reduction, case.intra_weight, case.inter_weight, requires_grad)
+    torch.library.opcheck(OPS[impl].loss, (*arguments, *options))
+
+
+def training_step(problem, q, k, **options):
+    student = dataclasses.replace(problem.student, q=q * 1.0, k=k * 1.0)
+    loss = attention_map_loss(student, problem.teacher, problem.layout, **options).loss
+    return loss + attention_map_distance(student, problem.teacher, problem.layout, impl=options["impl"]).sum()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_a_graph_break(dynamic, impl):
+    torch.compiler.reset()
+    compiled = torch.compile(training_step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for lengths in (((7, 5), (1, 9)), ((4, 8), (3, 2))):
+        problem, q, k = make_problem(Case(lengths=lengths, merged=True, bias="both")).leaves()
+        eager = training_step(problem, q, k, impl=impl)
+        eager_gradients = torch.autograd.grad(eager, (q, k))
+        value = compiled(problem, q, k, impl=impl)
+        assert torch.equal(value, eager)
+        for own, expected in zip(torch.autograd.grad(value, (q, k)), eager_gradients, strict=True):
+            assert torch.equal(own, expected)
+
+
+def test_compiles_with_inductor():
+    torch.compiler.reset()
+    problem, q, k = make_problem(Case(merged=True)).leaves()
+    value = torch.compile(training_step, fullgraph=True, dynamic=True)(problem, q, k, impl="torch")
+    torch.testing.assert_close(value, training_step(problem, q, k, impl="torch"))
+
+
+@pytest.mark.parametrize("function", ["loss", "distance"])
+def test_differentiating_twice_raises(function, impl):
+    """Also where another term gives the gradient a graph, so that leaving this one out would go unnoticed."""
+    problem, q, _ = make_problem(Case(dtype=torch.float64)).leaves()
+    if function == "loss":
+        value = attention_map_loss(problem.student, problem.teacher, problem.layout, impl=impl).loss
+    else:
+        value = attention_map_distance(problem.student, problem.teacher, problem.layout, impl=impl).sum()
+    (gradient,) = torch.autograd.grad(value + q.pow(3).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(gradient.square().sum(), q)
+
+
+def test_autocast_casts_nothing(impl):
+    def run():
+        problem, q, k = make_problem(Case(lengths=((70, 30),), head_dim=32)).leaves()
+        value = training_step(problem, q, k, impl=impl)
+        return value, *torch.autograd.grad(value, (q, k))
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = run()
+    for own, expected in zip(under_autocast, plain, strict=True):
+        assert torch.equal(own, expected)
+
+
+def test_activation_checkpointing_changes_nothing(impl):
+    problem, q, k = make_problem(Case()).leaves()
+    plain = torch.autograd.grad(training_step(problem, q, k, impl=impl), (q, k))
+    value = torch.utils.checkpoint.checkpoint(training_step, problem, q, k, impl=impl, use_reentrant=False)
+    for own, expected in zip(torch.autograd.grad(value, (q, k)), plain, strict=True):
+        assert torch.equal(own, expected)
+
+
+def test_no_gradient_work_without_need(impl):
+    """Without grad the op is asked for none, and returns none."""
+    problem, _, _ = make_problem(Case()).leaves()
+    with torch.no_grad():
+        assert not attention_map_loss(problem.student, problem.teacher, problem.layout, impl=impl).loss.requires_grad
+    case = Case()
+    arguments = _arguments(problem.student, problem.teacher, problem.layout, *case.map_options.values(), 0)
+    *_, dq, dk = OPS[impl].loss(*arguments, None, "frobenius", 1.0, 1.0, False)
+    assert dq.numel() == dk.numel() == 0
+
+
+BITWISE_CASES = [
+    Case(lengths=((127, 64), (30, 193)), head_dim=16, merged=True),
+    Case(lengths=((127, 64), (30, 193)), head_dim=16, normalization="joint", metric="kl", num_head_groups=2),
+    Case(lengths=((65, 64), (3, 20)), head_dim=16, dtype=torch.bfloat16, bias="both", reduction="row"),
+]
+
+
+def values_and_gradients(problem, case, **options):
+    problem, q, k = problem.leaves()
+    loss = attention_map_loss(
+        problem.student, problem.teacher, problem.layout, **case.map_options, **case.loss_options, **options
+    ).loss
+    distance = attention_map_distance(problem.student, problem.teacher, problem.layout, **case.map_options, **options)
+    gradients = torch.autograd.grad(loss, (q, k)) + torch.autograd.grad(distance.sum(), (q, k))
+    return loss.detach(), distance.detach(), *gradients
+
+
+@pytest.mark.parametrize("case", BITWISE_CASES, ids=["merged", "joint", "bias"])
+def test_repeats_bit_for_bit_whatever_the_workspace(case, impl):
+    problem = make_problem(case)
+    first = values_and_gradients(problem, case, impl=impl)
+    for workspace_bytes in (64 << 20, 1 << 20, 100_000, 0):
+        again = values_and_gradients(problem, case, impl=impl, workspace_bytes=workspace_bytes)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), workspace_bytes
+
+
+@pytest.mark.parametrize("case", BITWISE_CASES, ids=["merged", "joint", "bias"])
+def test_other_examples_change_no_bit(case, impl):
+    """The example alone, and as the second of a batch at an odd offset: equal distances; equal gradients of them."""
+    whole = make_problem(dataclasses.replace(case, lengths=((13, 2), *case.lengths)))
+    layout = whole.layout
+    first, last = layout.cu_units[2], layout.cu_units[4]
+    tokens = slice(int(layout.unit_offsets[first]), int(layout.unit_offsets[last]))
+    teacher_tokens = slice(int(layout.teacher_unit_offsets[first]), int(layout.teacher_unit_offsets[last]))
+    cu_units = layout.cu_units[2:5] - first
+    sides = []
+    for offsets in (layout.unit_offsets, layout.teacher_unit_offsets):
+        own = offsets[first : last + 1] - offsets[first]
+        sides.append((own[cu_units], torch.repeat_interleave(own.diff())))
+    (cu_seqlens, units), (teacher_cu_seqlens, teacher_units) = sides
+    alone = MapLayout.build(
+        cu_seqlens,
+        teacher_cu_seqlens=teacher_cu_seqlens,
+        cu_units=cu_units,
+        unit_of_token=units,
+        teacher_unit_of_token=teacher_units,
+    )
+    bias = whole.teacher.position_bias
+    if bias is not None:
+        tables = {name: getattr(bias, name)[teacher_tokens] for name in ("positions", "c2p", "p2c")}
+        bias = dataclasses.replace(bias, **tables)
+    teacher = dataclasses.replace(
+        whole.teacher, q=whole.teacher.q[teacher_tokens], k=whole.teacher.k[teacher_tokens], position_bias=bias
+    )
+
+    def run(student, teacher, layout):
+        q, k = (t.detach().clone().requires_grad_() for t in (student.q, student.k))
+        distance = attention_map_distance(PackedAttention(q, k), teacher, layout, impl=impl, **case.map_options)
+        return distance.detach(), *torch.autograd.grad(distance.sum(), (q, k))
+
+    distance, dq, dk = run(whole.student, whole.teacher, layout)
+    own = run(PackedAttention(whole.student.q[tokens], whole.student.k[tokens]), teacher, alone)
+    assert torch.equal(own[0], distance[:, first:last])
+    assert torch.equal(own[1], dq[tokens])
+    assert torch.equal(own[2], dk[tokens])
+
+
+@pytest.mark.parametrize("workspace_bytes", [0, 64 << 20])
+@pytest.mark.parametrize("function", ["loss", "distance"])
+def test_torch_holds_no_map(function, workspace_bytes):
+    """Peak memory of forward and backward beyond what is linear in tokens stays below the workspace and a tile.
+
+    A map a head would be 134 MB here and one averaged map 8 MB, where the tile is 5 MB; dense maps must fail the check.
+    """
+    tokens, heads, head_dim = 1448, 16, 16
+    generator = torch.Generator().manual_seed(0)
+    q, k, tq, tk = (torch.randn(tokens, heads, head_dim, generator=generator) for _ in range(4))
+    layout = MapLayout.build([0, tokens // 2, tokens])
+
+    def peak(impl):
+        student = PackedAttention(q.clone().requires_grad_(), k.clone().requires_grad_())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+            options = {"impl": impl, "workspace_bytes": workspace_bytes}
+            if function == "loss":
+                attention_map_loss(student, PackedAttention(tq, tk), layout, **options).loss.backward()
+            else:
+                attention_map_distance(student, PackedAttention(tq, tk), layout, **options).sum().backward()
+        events = measured.profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        live = highest = 0
+        for _, change in changes:
+            live += change
+            highest = max(highest, live)
+        return highest
+
+    linear = 12 * q.nbytes
+    tile = 64 * (tokens // 2) * heads * 4
+    # Without a workspace to keep the probabilities in, only blocks of heads of a tile are live.
+    allowed = linear + (max(tile, 0) if workspace_bytes else 0) + (4 << 20)
+    assert peak("torch") <= allowed < 8 * tokens * tokens * 4
+    assert peak("reference") > allowed
