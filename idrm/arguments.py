@@ -368,6 +368,10 @@ def _check(model: ModelArguments, data: DataArguments, interaction: InteractionA
     trains = model.model_name_or_path is not None
     if trains and interaction.alpha > 0 and model.teacher_name_or_path is None:
         raise InputError(f"--alpha {interaction.alpha:g} needs a teacher: give --teacher_name_or_path, or --alpha 0")
+    if trains and data.eval_dataset_name is None and values["eval_strategy"] != "no":
+        raise InputError(
+            f"--eval_strategy {values['eval_strategy']} needs pairs to evaluate on: give --eval_dataset_name"
+        )
     _check_deepspeed(values["deepspeed"])
 
 

@@ -58,8 +58,11 @@ class InteractionInputs:
 class PairCollator:
     """Collates what ``PairEncoder`` made of B pairs.
 
+    Sequences are padded on the right whatever the tokenizer prefers: then each segment's positions start at 0, on which
+    the maps between segments depend (q and k are compared after RoPE), and so do models with absolute positions.
+
     Args:
-        tokenizer: the student's, with a pad token; its padding side is used.
+        tokenizer: the student's, with a pad token.
         teacher_tokenizer: None for Bradley-Terry alone.
         interaction_rows: "all", or "response" to weigh the prompt's rows 0.
 
@@ -80,20 +83,17 @@ class PairCollator:
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         sequences = [pair["chosen_input_ids"] for pair in pairs] + [pair["rejected_input_ids"] for pair in pairs]
-        left = self.tokenizer.padding_side == "left"
-        input_ids, attention_mask = _pad(sequences, self.tokenizer.pad_token_id, left=left)
+        input_ids, attention_mask = _pad(sequences, self.tokenizer.pad_token_id)
         batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         margins = [pair.get("margin") for pair in pairs]
         if any(margin is not None for margin in margins):
             batch["margin"] = torch.tensor([margin or 0.0 for margin in margins], dtype=torch.float32)
         if self.teacher_tokenizer is not None:
-            width = input_ids.shape[1]
-            starts = [width - len(sequence) if left else 0 for sequence in sequences]
-            batch["interaction"] = self._interaction(pairs, width, starts)
+            batch["interaction"] = self._interaction(pairs, input_ids.shape[1])
         return batch
 
-    def _interaction(self, pairs: Sequence[Mapping[str, Any]], width: int, starts: list[int]) -> InteractionInputs:
-        """Packs the tokens that take part; ``starts`` are the columns at which the 2B student sequences begin."""
+    def _interaction(self, pairs: Sequence[Mapping[str, Any]], width: int) -> InteractionInputs:
+        """Packs the tokens that take part, of student sequences padded to ``width``."""
         teacher = self.teacher_tokenizer
         teacher_ids, teacher_mask = _pad([pair["teacher_input_ids"] for pair in pairs], teacher.pad_token_id)
         teacher_types, _ = _pad([pair["teacher_token_type_ids"] for pair in pairs], teacher.pad_token_type_id)
@@ -106,7 +106,7 @@ class PairCollator:
             for segment in range(SEGMENTS):
                 row = segment * len(pairs) + example
                 positions, joint_positions = pair["student_positions"][segment], pair["teacher_positions"][segment]
-                student_index += [row * width + starts[row] + position for position in positions]
+                student_index += [row * width + position for position in positions]
                 teacher_index += [example * teacher_width + position for position in joint_positions]
                 teacher_positions += joint_positions
                 student_units += [total_units + unit for unit in pair["student_units"][segment]]
@@ -137,13 +137,9 @@ class PairCollator:
         )
 
 
-def _pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
+def _pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
     """(rows, longest) int64 ids and their mask."""
     longest = max(map(len, sequences))
-    ids, mask = [], []
-    for sequence in sequences:
-        padding = [value] * (longest - len(sequence))
-        ones, zeros = [1] * len(sequence), [0] * len(padding)
-        ids.append([*padding, *sequence] if left else [*sequence, *padding])
-        mask.append(zeros + ones if left else ones + zeros)
+    ids = [[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences]
+    mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
     return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)

@@ -11,7 +11,8 @@ from idrm.arguments import InteractionArguments
 from idrm.capture.student import CapturedBlock
 from idrm.capture.teacher import Teacher
 from idrm.collator import InteractionInputs
-from idrm_kernels import MapLoss, PackedAttention, attention_map_distance, attention_map_loss
+from idrm.errors import InputError
+from idrm_kernels import MapLayout, MapLoss, PackedAttention, attention_map_distance, attention_map_loss
 from idrm_kernels.reduction import example_losses
 
 
@@ -35,6 +36,15 @@ class InteractionLoss:
             "num_head_groups": arguments.num_head_groups,
             "impl": arguments.kernel_impl,
         }
+
+    def require_runnable(self, device: torch.device) -> None:
+        """Raises InputError if the kernel that was asked for cannot run on this device."""
+        token = torch.zeros(2, self.distance["num_head_groups"], 16, device=device)
+        attention = PackedAttention(q=token, k=token)
+        try:
+            attention_map_distance(attention, attention, MapLayout.build([0, 1, 2], device=device), **self.distance)
+        except ValueError as error:
+            raise InputError(f"--kernel_impl {self.distance['impl']}: {error}") from error
 
     def batch_loss(
         self, student: Sequence[PackedAttention], teacher: Sequence[PackedAttention], inputs: InteractionInputs

@@ -28,6 +28,9 @@ COLUMNS = (
     "length_squared",
     "reward_times_length",
 )
+# What evaluation reports; the second group only with an interaction loss.
+PREFERENCE_METRICS = ("loss", "preference_loss", "accuracy", "margin", "mean_reward", "reward_length_correlation")
+INTERACTION_METRICS = ("interaction_loss", "intra_loss", "inter_loss", "interaction_ratio")
 
 
 def pair_rows(

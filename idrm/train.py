@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -37,6 +37,7 @@ from idrm.capture import Teacher, resolve_layers
 from idrm.collator import PairCollator
 from idrm.errors import InputError
 from idrm.interaction import InteractionLoss
+from idrm.metrics import INTERACTION_METRICS, PREFERENCE_METRICS
 from idrm.models import load_student, load_student_config, load_student_tokenizer, longest_input, torch_dtype
 from idrm.preference import load_preferences
 from idrm.run_folder import resume_checkpoint, write_run_file
@@ -89,12 +90,15 @@ def train(config: RunConfiguration) -> None:
         student_layers = resolve_layers(student_layers, student_config.get_text_config().num_hidden_layers, "student")
         _require_whole_head_groups(config, student_config.get_text_config().num_attention_heads, teacher.num_heads)
         interaction = InteractionLoss(teacher, student_layers, config.interaction)
+        interaction.require_runnable(args.device)
+    eval_sources = named_evaluation_sets(config.data.eval_dataset_name)
+    _require_known_metric(args.metric_for_best_model, eval_sources, interaction is not None)
 
     encoder = _pair_encoder(config, tokenizer, teacher, longest_input(student_config))
     train_set = _encoded_pairs(config, args, encoder, config.data.dataset_name, config.data.dataset_split)
     eval_sets = {
         name: _encoded_pairs(config, args, encoder, source, config.data.eval_dataset_split)
-        for name, source in named_evaluation_sets(config.data.eval_dataset_name).items()
+        for name, source in eval_sources.items()
     }
 
     trainer = RewardTrainer(
@@ -166,6 +170,17 @@ def _require_whole_head_groups(config: RunConfiguration, student_heads: int, tea
         )
 
 
+def _require_known_metric(metric: str | None, eval_sources: Iterable[str], with_interaction: bool) -> None:
+    """Refuses a --metric_for_best_model that evaluation would not find after the first hours."""
+    prefixes = [f"eval_{name}_" if name else "eval_" for name in eval_sources]
+    names = PREFERENCE_METRICS + (INTERACTION_METRICS if with_interaction else ())
+    known = [prefix + name for prefix in prefixes for name in names]
+    if metric is not None and metric not in known and f"eval_{metric}" not in known:
+        raise InputError(
+            f"--metric_for_best_model {metric}: expected one of {', '.join(known) or 'none, without evaluation'}"
+        )
+
+
 def _pair_encoder(
     config: RunConfiguration, tokenizer: PreTrainedTokenizerBase, teacher: Teacher | None, student_limit: int | None
 ) -> PairEncoder:
@@ -194,7 +209,10 @@ def _encoded_pairs(
         logger.info(report.summary())
         pairs, alignment = encode_preferences(pairs, encoder, num_proc=config.data.dataset_num_proc)
         logger.info(alignment.summary())
-    return pairs
+    # What --train_sampling_strategy group_by_length groups by.
+    sequences = zip(pairs["chosen_input_ids"], pairs["rejected_input_ids"], strict=True)
+    lengths = [max(len(chosen), len(rejected)) for chosen, rejected in sequences]
+    return pairs.add_column(args.length_column_name, lengths)
 
 
 def _report(trainer: RewardTrainer, split: str, metrics: dict[str, float]) -> None:

@@ -21,10 +21,11 @@ from transformers import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WORDS = (
-    "the a kettle lamp price order city boils quickly slowly green blue Zoë José naïve café tomorrow yesterday please "
-    "repeat confirm answer question helpful harmless number seven twelve river mountain friend neighbour write reads"
-).split()
+WORDS = [
+    *("the", "a", "kettle", "lamp", "price", "order", "city", "boils", "quickly", "slowly", "green", "blue", "Zoë"),
+    *("José", "naïve", "café", "tomorrow", "yesterday", "please", "repeat", "confirm", "answer", "question"),
+    *("helpful", "harmless", "number", "seven", "twelve", "river", "mountain", "friend", "neighbour", "reads"),
+]
 
 
 def _sentence(source: random.Random, low: int, high: int) -> str:

@@ -1,0 +1,94 @@
+"""The padded batch and its packed indices."""
+
+import copy
+
+import pytest
+import torch
+
+from idrm.alignment import PairEncoder
+from idrm.collator import PairCollator
+
+RECORDS = [
+    {
+        "chosen": [{"role": "user", "content": "the kettle"}, {"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "user", "content": "the kettle"}, {"role": "assistant", "content": rejected}],
+        "conversational": True,
+        "margin": margin,
+    }
+    for chosen, rejected, margin in (
+        ("boils quickly please", "is green", None),
+        ("seven", "the river reads twelve mountain café", 0.5),
+    )
+]
+
+
+@pytest.fixture
+def encoded(student_tokenizer, teacher_tokenizer):
+    encoder = PairEncoder(student_tokenizer, teacher_tokenizer, max_length=64, teacher_max_length=64)
+    return [encoder(record) for record in RECORDS]
+
+
+def test_indices_point_at_the_tokens_that_take_part(encoded, student_tokenizer, teacher_tokenizer):
+    batch = PairCollator(student_tokenizer, teacher_tokenizer)(encoded)
+    inputs = batch["interaction"]
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert len(batch["input_ids"]) == 2 * len(encoded)
+    student = batch["input_ids"].flatten()[inputs.student_index].tolist()
+    teacher = inputs.teacher_input_ids.flatten()[inputs.teacher_index].tolist()
+    expected_student, expected_teacher, expected_positions = [], [], []
+    for pair in encoded:
+        for segment, name in enumerate(("chosen_input_ids", "rejected_input_ids")):
+            expected_student += [pair[name][position] for position in pair["student_positions"][segment]]
+            expected_teacher += [pair["teacher_input_ids"][position] for position in pair["teacher_positions"][segment]]
+            expected_positions += pair["teacher_positions"][segment]
+    assert student == expected_student
+    assert teacher == expected_teacher
+    assert inputs.teacher_positions.tolist() == expected_positions
+    assert batch["attention_mask"].flatten()[inputs.student_index].all()
+    assert inputs.layout.num_examples == len(encoded)
+    assert inputs.layout.total_units == sum(map(sum, (pair["num_units"] for pair in encoded)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_are_chosen_then_rejected_padded_on_the_right_whatever_the_tokenizer_prefers(
+    encoded, student_tokenizer, side
+):
+    tokenizer = copy.deepcopy(student_tokenizer)
+    tokenizer.padding_side = side
+    batch = PairCollator(tokenizer)(encoded)
+    sequences = [pair["chosen_input_ids"] for pair in encoded] + [pair["rejected_input_ids"] for pair in encoded]
+    for row, mask, sequence in zip(batch["input_ids"], batch["attention_mask"], sequences, strict=True):
+        assert row[mask.bool()].tolist() == sequence
+        assert set(row[~mask.bool()].tolist()) <= {tokenizer.pad_token_id}
+        assert mask[0] == 1
+    assert "interaction" not in batch
+
+
+def test_margins_are_zero_where_a_pair_has_none(encoded, student_tokenizer):
+    assert PairCollator(student_tokenizer)(encoded)["margin"].tolist() == [0.0, 0.5]
+    assert "margin" not in PairCollator(student_tokenizer)(encoded[:1])
+
+
+def test_response_rows_weigh_one_and_prompt_rows_nothing(encoded, student_tokenizer, teacher_tokenizer):
+    assert PairCollator(student_tokenizer, teacher_tokenizer)(encoded)["interaction"].row_weights is None
+    inputs = PairCollator(student_tokenizer, teacher_tokenizer, "response")(encoded)["interaction"]
+    expected = []
+    for pair in encoded:
+        for units, response in zip(pair["num_units"], pair["response_units"], strict=True):
+            assert 0 < response < units
+            expected += [0.0] * (units - response) + [1.0] * response
+    assert inputs.row_weights.tolist() == expected
+
+
+def test_a_pair_without_units_has_empty_segments(encoded, student_tokenizer, teacher_tokenizer):
+    empty = {
+        **encoded[0],
+        **{f"{side}_{what}": [[], []] for side in ("student", "teacher") for what in ("positions", "units")},
+        "num_units": [0, 0],
+        "response_units": [0, 0],
+    }
+    inputs = PairCollator(student_tokenizer, teacher_tokenizer, "response")([empty, encoded[1]])["interaction"]
+    alone = PairCollator(student_tokenizer, teacher_tokenizer, "response")([encoded[1]])["interaction"]
+    assert inputs.layout.num_examples == 2
+    assert inputs.layout.total_units == alone.layout.total_units
+    assert torch.equal(inputs.teacher_positions, alone.teacher_positions)
