@@ -29,6 +29,7 @@ test: $(VENV)/.test-installed
 
 lint: $(VENV)/.lint-installed
 	$(python) -m ruff check $(ARGS) .
+	$(python) -m ruff format --check .
 
 install: $(VENV)/.train-installed
 

@@ -1,0 +1,150 @@
+"""What the README promises: its Python runs, its commands parse, its data loads, its tables are complete."""
+
+import dataclasses
+import itertools
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from idrm.arguments import (
+    DataArguments,
+    InteractionArguments,
+    ModelArguments,
+    RewardTrainingArguments,
+    parse_arguments,
+)
+from idrm.metrics import INTERACTION_METRICS, PREFERENCE_METRICS
+from idrm.preference import convert_record, drop_reason
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments)
+# The help flag, and flags of the programs that start ours: DeepSpeed's launcher and pip.
+OTHER_FLAGS = {"help", "num_accelerators", "no-build-isolation"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def training_commands() -> list[list[str]]:
+    """The flags of every training command in the README's shell blocks."""
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    starts = ("idrm/train.py", "idrm train")
+    return [shlex.split(line.split(start)[1]) for line in lines for start in starts if start in line]
+
+
+def own_defaults() -> dict[str, object]:
+    fields = [field for kind in OWN_ARGUMENTS for field in dataclasses.fields(kind)]
+    return {field.name: field.default for field in fields}
+
+
+@pytest.fixture
+def reward_model_folder(tmp_path: Path) -> Path:
+    """A folder with a trained model's kinds of files, named as the README names it."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, "Is": 3, "it": 4, "far": 5, "Ten": 6, "minutes": 7}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        num_labels=1,
+    )
+    folder = tmp_path / "idrm-output"
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_fused_loss_block_runs():
+    block = next(block for block in blocks("python") if "attention_map_loss" in block)
+    assert len(block.splitlines()) == 5
+    names: dict[str, object] = {}
+    exec(block, names)
+    for tensor in (names["student"].q, names["student"].k):
+        assert torch.isfinite(tensor.grad).all()
+        assert tensor.grad.abs().max() > 0
+
+
+def test_loading_block_runs(reward_model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(reward_model_folder.parent)
+    block = next(block for block in blocks("python") if "from_pretrained" in block)
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert isinstance(names["reward"], float)
+    assert names["tokenizer"].unk_token_id not in names["inputs"]["input_ids"][0, :2]
+
+
+def test_every_python_block_is_run_here():
+    assert len(blocks("python")) == 2
+
+
+@pytest.mark.parametrize("flags", training_commands(), ids=lambda flags: " ".join(flags)[:60])
+def test_training_commands_parse(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The commands are run from the repository's root; where they name a run.yaml, there is one."""
+    (tmp_path / "run.yaml").write_text("alpha: 0.8\n")
+    for name in ("ds_zero2.json", "ds_zero3.json"):
+        (tmp_path / name).write_text((REPOSITORY / name).read_text())
+    monkeypatch.chdir(tmp_path)
+    config = parse_arguments(flags)
+    assert config.interaction.alpha == (0.8 if "--config" in flags else 1.0)
+
+
+def test_training_commands_are_found():
+    assert len(training_commands()) >= 5
+
+
+def test_flags_exist():
+    known = {*own_defaults(), "config"} | {field.name for field in dataclasses.fields(RewardTrainingArguments)}
+    mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
+    assert mentioned - known - OTHER_FLAGS == set()
+
+
+def test_flag_table_is_complete_and_has_the_defaults():
+    rows = dict(re.findall(r"^\| `--(\w+)` \| (?:`(.*?)`)? *\|", README, flags=re.MULTILINE))
+    expected = {name: "" if default is None else str(default) for name, default in own_defaults().items()}
+    # Shown with ours because transformers does not have it; letting a repository run its code is not advertised.
+    expected["center_rewards_coefficient"] = ""
+    expected.pop("trust_remote_code", None)
+    assert rows == expected
+
+
+def test_metric_table_is_complete():
+    logged = README.split("### What is logged")[1].split("###")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", logged, flags=re.MULTILINE)) == {*PREFERENCE_METRICS, *INTERACTION_METRICS}
+
+
+def test_data_examples_are_one_pair_each():
+    records = [json.loads(line) for block in blocks("json") for line in block.splitlines()]
+    assert len(records) == 4
+    pairs = [convert_record(record) for record in records]
+    assert [drop_reason(pair) for pair in pairs] == [None] * 4
+    assert [pair["chosen"][-1]["content"].strip() for pair in pairs] == ["Ten minutes."] * 3 + ["They walked."]
+    assert [pair["margin"] for pair in pairs] == [None, 0.5, None, None]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_named_files_exist(page: str):
+    """Links, and paths in backticks or at the start of a line of a picture, lead somewhere."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    folder = (REPOSITORY / page).parent
+    links = [(folder / link).resolve() for link in re.findall(r"\]\((?!https?:)([^)#]+)", text)]
+    paths = re.findall(r"`((?:idrm|idrm_kernels|tests|docs|csrc|benchmarks|recipes)/[\w./*-]*)`", text)
+    missing = [str(path) for path in links if not path.exists()]
+    missing += [path for path in paths if not any(itertools.islice(REPOSITORY.glob(path.rstrip("/")), 1))]
+    assert missing == []
