@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +18,10 @@ from idrm.errors import InputError
 
 RUN_FILE = "run.yaml"
 # Facts of one launch, and secrets: not part of the run that run.yaml describes.
-_NOT_RECORDED = ("config", "local_rank", "resume_from_checkpoint", "hub_token")
+_NOT_RECORDED = (
+    *("config", "local_rank", "resume_from_checkpoint", "hub_token"),
+    *("embedded_seeds", "embedded_control"),
+)
 
 
 @dataclass
@@ -163,6 +166,19 @@ class InteractionArguments:
 
 
 @dataclass
+class EmbeddedArguments:
+    """The embedded demonstration, which runs where neither a model nor data is named."""
+
+    embedded_seeds: int = field(
+        default=1, metadata={"help": "Demonstration only: how many seeds it runs over, counted up from --seed."}
+    )
+    embedded_control: bool = field(
+        default=False,
+        metadata={"help": "Demonstration only: also train against a teacher whose maps are uniform, as a control."},
+    )
+
+
+@dataclass
 class RewardTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with the defaults of reward models, plus what only reward models have.
 
@@ -219,14 +235,18 @@ class RunConfiguration:
 
     Attributes:
         model, data, interaction: our own arguments, checked against one another.
+        embedded: what only the embedded demonstration reads.
         training: the values of RewardTrainingArguments, which initialises devices and processes when it is built.
+        given: the arguments that the command line or the YAML file names, with their values.
         recorded: what run.yaml says: all our own arguments and every other one that differs from its default.
     """
 
     model: ModelArguments
     data: DataArguments
     interaction: InteractionArguments
+    embedded: EmbeddedArguments
     training: dict[str, Any]
+    given: dict[str, Any]
     recorded: dict[str, Any]
 
     @property
@@ -260,22 +280,34 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfiguration:
         InputError: an unknown flag or YAML key, a value of the wrong kind, or arguments that contradict one another.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser((*_OWN_ARGUMENTS, RewardTrainingArguments), prog="idrm train", allow_abbrev=False)
+    parser = _Parser(
+        (*_OWN_ARGUMENTS, EmbeddedArguments, RewardTrainingArguments), prog="idrm train", allow_abbrev=False
+    )
     parser.add_argument("--config", metavar="RUN.YAML", help="YAML file with values for any of these flags.")
     config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     path = config_parser.parse_known_args(argv)[0].config
-    values = vars(parser.parse_args([*(_yaml_tokens(path, parser) if path else []), *argv]))
+    # argparse leaves alone what the namespace has already: what is still unset then was not given.
+    unset = object()
+    names = [action.dest for action in parser._actions]
+    tokens = [*(_yaml_tokens(path, parser) if path else []), *argv]
+    given = vars(parser.parse_args(tokens, Namespace(**dict.fromkeys(names, unset))))
+    given = {name: value for name, value in given.items() if value is not unset}
+    values = vars(parser.parse_args(tokens))
 
-    model, data, interaction = (kind(**_fields_of(kind, values)) for kind in _OWN_ARGUMENTS)
+    model, data, interaction, embedded = (
+        kind(**_fields_of(kind, values)) for kind in (*_OWN_ARGUMENTS, EmbeddedArguments)
+    )
     _check(model, data, interaction, values)
+    _check_embedded(model, data, embedded, given)
     own, defaults = own_argument_names(), vars(parser.parse_args([]))
     recorded = {
         name: value
         for name, value in values.items()
         if name not in _NOT_RECORDED and (name in own or value != defaults[name])
     }
-    return RunConfiguration(model, data, interaction, _fields_of(RewardTrainingArguments, values), recorded)
+    training = _fields_of(RewardTrainingArguments, values)
+    return RunConfiguration(model, data, interaction, embedded, training, given, recorded)
 
 
 def own_argument_names() -> list[str]:
@@ -373,6 +405,20 @@ def _check(model: ModelArguments, data: DataArguments, interaction: InteractionA
             f"--eval_strategy {values['eval_strategy']} needs pairs to evaluate on: give --eval_dataset_name"
         )
     _check_deepspeed(values["deepspeed"])
+
+
+def _check_embedded(model: ModelArguments, data: DataArguments, embedded: EmbeddedArguments, given: dict[str, Any]):
+    """Flags of the demonstration belong to it alone, and it brings its own teacher and data."""
+    if embedded.embedded_seeds < 1:
+        raise InputError(f"--embedded_seeds: expected at least 1, got {embedded.embedded_seeds}")
+    if model.model_name_or_path is None and data.dataset_name is None:
+        misplaced = {"teacher_name_or_path", "eval_dataset_name"} & given.keys()
+        reason = "needs a model and data: give --model_name_or_path and --dataset_name"
+    else:
+        misplaced = {"embedded_seeds", "embedded_control"} & given.keys()
+        reason = "is for the embedded demonstration, which runs without a model and data"
+    if misplaced:
+        raise InputError(f"--{min(misplaced)} {reason}")
 
 
 def paired_layers(interaction: InteractionArguments) -> tuple[list[int], list[int]]:
