@@ -1,0 +1,149 @@
+"""Bad input: one clear line on stderr, exit status 2, and nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+from idrm.train import main
+
+
+@pytest.fixture
+def flags(tmp_path, student_path, teacher_path, pairs_path):
+    """The flags of a good run as a dict, to be spoilt one at a time."""
+    return {
+        "model_name_or_path": student_path,
+        "teacher_name_or_path": teacher_path,
+        "dataset_name": pairs_path,
+        "output_dir": tmp_path / "out",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+        "max_steps": 1,
+    }
+
+
+@pytest.fixture
+def refused(flags, capsys):
+    """refused(name=value, ...): the one line that the run with these flags ends with."""
+
+    def run(**changes):
+        before = sorted(flags["output_dir"].rglob("*"))
+        argv = []
+        for name, value in {**flags, **changes}.items():
+            if value is not None:
+                argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        with pytest.raises(SystemExit) as exit_:
+            main(argv)
+        assert exit_.value.code == 2
+        assert sorted(flags["output_dir"].rglob("*")) == before
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        return errors[0]
+
+    return run
+
+
+def test_a_missing_file(refused):
+    assert "./nowhere.jsonl: no such file" in refused(dataset_name="./nowhere.jsonl")
+
+
+def test_malformed_json_is_named_by_file_and_line(refused, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": "a",\n')
+    assert f"{tmp_path}/bad.jsonl:2: malformed JSON" in refused(dataset_name=tmp_path / "bad.jsonl")
+
+
+def test_missing_keys(refused, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b"}) + "\n")
+    line = refused(dataset_name=tmp_path / "bad.jsonl")
+    assert "bad.jsonl: record 1" in line
+    assert "rejected" in line
+
+
+def test_a_bad_evaluation_set_is_refused_before_training(refused):
+    assert "./nowhere.jsonl" in refused(eval_dataset_name=["near=./nowhere.jsonl"])
+
+
+def test_data_without_a_model_and_a_model_without_data(refused):
+    assert "--model_name_or_path" in refused(model_name_or_path=None)
+    assert "--dataset_name" in refused(dataset_name=None)
+
+
+def test_alpha_without_a_teacher(refused):
+    assert "--teacher_name_or_path" in refused(teacher_name_or_path=None)
+
+
+def test_a_pad_token_that_is_eos(refused, tmp_path, student_path):
+    shutil.copytree(student_path, tmp_path / "student")
+    tokenizer = AutoTokenizer.from_pretrained(student_path)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "student")
+    assert "--pad_token" in refused(model_name_or_path=tmp_path / "student")
+
+
+def test_a_teacher_without_a_fast_tokenizer(refused, tmp_path, teacher_path):
+    BertForSequenceClassification.from_pretrained(teacher_path).save_pretrained(tmp_path / "teacher")
+    assert "tokenizer" in refused(teacher_name_or_path=tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("prefix", ["gradient", "activation"])
+def test_reentrant_checkpointing(refused, prefix):
+    kwargs = {f"{prefix}_checkpointing": "true", f"{prefix}_checkpointing_kwargs": '{"use_reentrant": true}'}
+    assert "use_reentrant" in refused(**kwargs)
+
+
+def test_an_unknown_attention_implementation(refused):
+    assert "ring_attention" in refused(attn_implementation="ring_attention")
+
+
+def test_layers_beyond_either_depth(refused):
+    assert "student: layer 3 is beyond" in refused(student_layers=3, teacher_layers=0)
+    assert "teacher: layer -3 is beyond" in refused(student_layers=0, teacher_layers=-3)
+    assert "is beyond" in refused(top_blocks=3)
+
+
+def test_head_groups_that_do_not_divide(refused):
+    assert "4 of the student and 2 of the teacher" in refused(num_head_groups=4)
+
+
+def test_lengths_beyond_what_the_models_read(refused):
+    assert "--max_length 257: the model reads 256 tokens at most" in refused(max_length=257)
+    assert "--teacher_max_length 129: the model reads 128 tokens at most" in refused(teacher_max_length=129)
+
+
+def test_a_kernel_that_cannot_run_here(refused):
+    assert "--kernel_impl triton" in refused(kernel_impl="triton")
+
+
+def test_a_metric_that_evaluation_does_not_have(refused, eval_pairs_path):
+    line = refused(
+        eval_dataset_name=[f"near={eval_pairs_path}"], eval_strategy="steps", metric_for_best_model="accuracy"
+    )
+    assert "eval_near_accuracy" in line
+
+
+def test_an_unknown_flag(refused):
+    assert "--alfa" in refused(alfa=1)
+
+
+def test_an_output_folder_that_holds_another_run(refused, flags):
+    folder = flags["output_dir"]
+    folder.mkdir()
+    (folder / "run.yaml").write_text("alpha: 0.5\n")
+    assert "holds another run (run.yaml)" in refused()
+    assert "holds another run, with model_name_or_path None" in refused(resume_from_checkpoint="true")
+
+
+def test_an_output_folder_that_holds_a_model(refused, flags):
+    flags["output_dir"].mkdir()
+    (flags["output_dir"] / "config.json").write_text("{}")
+    assert "holds a model or checkpoints" in refused()
+
+
+def test_an_output_folder_that_is_a_file(refused, flags, tmp_path):
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(output_dir=tmp_path / "file")
+
+
+def test_a_checkpoint_that_is_none(refused, tmp_path):
+    assert "expected a folder with trainer_state.json" in refused(resume_from_checkpoint=tmp_path)
