@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,14 @@ class _SlotTable:
     slot_of_delta: Tensor
     first: int
     last: int
+
+
+class _Projections(NamedTuple):
+    q: Tensor  # (total_tokens, num_heads, head_dim)
+    k: Tensor
+    pos_key: Tensor | None  # (num_slots, num_heads, head_dim)
+    pos_query: Tensor | None
+    num_terms: int
 
 
 class DebertaFamily:
@@ -109,8 +117,8 @@ class DebertaFamily:
         return self._slot_tables[reach, device]
 
 
-def _project_v1(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None):
-    """(T, hidden) -> q, k (T, H, D), pos_key, pos_query (slots, H, D) or None, and the number of score terms."""
+def _project_v1(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None) -> _Projections:
+    """Of the content tokens' hidden states (total_tokens, hidden) and position embeddings (num_slots, hidden)."""
     heads = attention.num_attention_heads
     q, k, _ = attention.in_proj(hidden).unflatten(-1, (heads, -1)).chunk(3, dim=-1)
     q = q + attention.q_bias.unflatten(-1, (heads, -1))
@@ -120,10 +128,10 @@ def _project_v1(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None)
         pos_key = attention.pos_proj(embeddings).unflatten(-1, (heads, -1))
     if embeddings is not None and "p2c" in terms:
         pos_query = attention.pos_q_proj(embeddings).unflatten(-1, (heads, -1))
-    return q, k.contiguous(), pos_key, pos_query, 1 + len(terms)
+    return _Projections(q, k.contiguous(), pos_key, pos_query, 1 + len(terms))
 
 
-def _project_v2(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None):
+def _project_v2(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None) -> _Projections:
     """As ``_project_v1``, for v2 and v3, whose position projections may be the content's own (share_att_key)."""
     heads = attention.num_attention_heads
     q = attention.query_proj(hidden).unflatten(-1, (heads, -1))
@@ -136,7 +144,7 @@ def _project_v2(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None)
     if embeddings is not None and "p2c" in terms:
         project = attention.query_proj if attention.share_att_key else attention.pos_query_proj
         pos_query = project(embeddings).unflatten(-1, (heads, -1))
-    return q, k, pos_key, pos_query, 1 + ("c2p" in terms) + ("p2c" in terms)
+    return _Projections(q, k, pos_key, pos_query, 1 + ("c2p" in terms) + ("p2c" in terms))
 
 
 def _position_scores(content: Tensor, position: Tensor) -> Tensor:

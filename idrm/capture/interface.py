@@ -55,6 +55,8 @@ class AttentionRecorder:
         self._config = config
         self._owner = owner
         self._blocks: dict[int, CapturedBlock] = {}
+        # Here and not in recording(): a model compiled before the override would never come by it.
+        _override_get_interface()
 
     @property
     def blocks(self) -> Mapping[int, CapturedBlock]:
@@ -67,7 +69,6 @@ class AttentionRecorder:
 
         Raises InputError at the end if a watched layer was not seen, RuntimeError if one was seen twice.
         """
-        _override_get_interface()
         self._blocks = {}
         _active_recorders.append(self)
         try:

@@ -217,6 +217,20 @@ def loss_on_captured(model, batch, backward_inside=False):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+def test_a_compiled_model_is_captured_and_recompiled_by_itself(batch):
+    model = build(CONFIGS["llama"]).train()
+    capture = QueryKeyCapture(model, [-1])
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(**batch)
+    with capture.recording():
+        compiled(**batch)
+    query = capture.take()[2].query
+    torch.testing.assert_close(query, captured(model, [-1], batch)[2].query, rtol=0, atol=1e-12)
+    query.square().sum().backward()
+    assert model.model.layers[2].self_attn.q_proj.weight.grad.abs().max() > 0
+    assert model.model.layers[2].self_attn.o_proj.weight.grad is None
+
+
 @pytest.mark.parametrize("backward_inside", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_checkpointing_gives_the_gradient_of_no_checkpointing(implementation, backward_inside, batch):

@@ -302,6 +302,32 @@ def test_loading_a_classifier_gives_its_frozen_encoder_in_silence(name, tokenize
         assert not ours.k.requires_grad
 
 
+def test_minilm_reads_a_real_pair(minilm_path, caplog):
+    teacher = Teacher.load(minilm_path, layers=[-1, -2], dtype=torch.float64)
+    assert "is no NLI classifier" in caplog.text
+    assert (teacher.layers, teacher.num_heads, teacher.max_length) == ((5, 4), 12, 512)
+    encoded = teacher.tokenizer("How tall is it?", "It is 8,849 metres tall.", return_tensors="pt")
+    content = torch.isin(encoded["input_ids"], torch.tensor(teacher.tokenizer.all_special_ids)).logical_not()[0]
+    inputs = SimpleNamespace(
+        teacher_input_ids=encoded["input_ids"],
+        teacher_attention_mask=encoded["attention_mask"],
+        teacher_token_type_ids=encoded["token_type_ids"],
+        teacher_index=content.nonzero()[:, 0],
+        teacher_positions=content.nonzero()[:, 0].int(),
+    )
+    assert encoded["token_type_ids"].sum() > 0
+    dense = AutoModel.from_pretrained(minilm_path, attn_implementation="eager", dtype=torch.float64).eval()
+    with torch.no_grad():
+        attentions = dense(**encoded, output_attentions=True).attentions
+    lengths = [int(((encoded["token_type_ids"][0] == segment) & content).sum()) for segment in (0, 1)]
+    layout = layout_of([tuple(lengths)])
+    for attention, layer in zip(teacher.attention(inputs), (5, 4), strict=True):
+        every_head = attentions[layer][0][:, content][:, :, content]
+        expected = (every_head / every_head.sum(-1, keepdim=True)).mean(dim=0)
+        rows = attention_map_rows(attention, layout, range(sum(lengths)), normalization="joint", teacher_side=True)
+        torch.testing.assert_close(torch.cat(rows), expected, rtol=0, atol=1e-10)
+
+
 def test_an_attention_implementation_may_be_chosen(tokenizer, tmp_path):
     path = save(tmp_path, CONFIGS["bert"], tokenizer, **NLI)
     inputs = interaction_inputs(CONFIGS["bert"], [(9, 4)])
