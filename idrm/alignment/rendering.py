@@ -86,9 +86,10 @@ def _frozen_date_prefix() -> str:
     replacements = "".join(
         f".replace('%{directive}', '{_FROZEN_DATE.strftime('%' + directive)}')" for directive in "aAbBdmyYjHIMSp"
     )
+    # The newline, which goes with the block before it, lets the template begin on a line of its own.
     return (
         f"{{%- set date_string = '{_FROZEN_DATE:%d %b %Y}' -%}}"
-        f"{{%- macro strftime_now(format) -%}}{{{{ format{replacements} }}}}{{%- endmacro +%}}"
+        f"{{%- macro strftime_now(format) -%}}{{{{ format{replacements} }}}}{{%- endmacro %}}\n"
     )
 
 
