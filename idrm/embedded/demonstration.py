@@ -1,0 +1,145 @@
+"""The embedded demonstration from flags to table: data, teacher, Bradley-Terry, Id-RM, one after another."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from idrm.arguments import RunConfiguration
+from idrm.embedded import student
+from idrm.embedded.generator import Sizes, read_data, write_data
+from idrm.embedded.report import print_report
+from idrm.embedded.stages import (
+    TRAIN_SAMPLE,
+    Stage,
+    StageFailed,
+    is_first_rank,
+    run_stages,
+    student_command,
+    teacher_command,
+    write_atomically,
+)
+from idrm.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+DEMONSTRATION_FILE = "demonstration.json"
+UNIFORM_TEACHER = "uniform_teacher"
+# Given anew with each launch: none of them changes what comes out.
+_FREE_TO_CHANGE = ("config", "local_rank", "output_dir", "resume_from_checkpoint", "disable_tqdm")
+
+INTRODUCTION = """\
+No model and no data were named: this is the embedded demonstration. A tiny encoder learns NLI, then a tiny decoder
+becomes a reward model twice, by Bradley-Terry alone and with interaction distillation from that encoder. All data is
+generated, nothing is downloaded, and its numbers say nothing about real models. To train one of those:
+
+    --model_name_or_path MODEL --teacher_name_or_path NLI_ENCODER --dataset_name PAIRS   (folders, files or hub names)
+
+Output: {folder}"""
+
+
+def run(config: RunConfiguration) -> None:
+    """Runs what is not finished of the demonstration in the output folder, then prints the table.
+
+    With several ranks, every rank calls it; each stage's processes find one another by the ranks' environment.
+
+    Raises:
+        InputError: the output folder holds something else, or this demonstration with other flags.
+        SystemExit: a stage failed; its exit status is passed on.
+    """
+    folder = config.output_dir
+    _claim(folder, config)
+    logger.info(INTRODUCTION.format(folder=folder))
+    first_seed = config.training["seed"]
+    seeds = range(first_seed, first_seed + config.embedded.embedded_seeds)
+    runs = {seed: folder if len(seeds) == 1 else folder / f"seed_{seed}" for seed in seeds}
+    try:
+        for seed, run_folder in runs.items():
+            _run_seed(run_folder, seed, config)
+    except StageFailed as failure:
+        logger.error("%s; the same command goes on from there", failure)
+        sys.exit(failure.status)
+    if is_first_rank():
+        print_report(folder, runs)
+
+
+def _run_seed(run_folder: Path, seed: int, config: RunConfiguration) -> None:
+    if is_first_rank():
+        # In whatever stage comes next, the other ranks' processes wait for this rank's before they read files.
+        _prepare(run_folder, seed)
+
+    def student_stage(number: int, name: str, title: str, teacher: str | None) -> Stage:
+        def command() -> list[str]:
+            if teacher == UNIFORM_TEACHER and is_first_rank():
+                save_uniform_teacher(run_folder / "teacher", run_folder / UNIFORM_TEACHER)
+            return student_command(run_folder, name, seed, config.given, teacher and run_folder / teacher)
+
+        return Stage(name, f"seed {seed}, stage {number} of {count}: {title}", command)
+
+    count = 4 if config.embedded.embedded_control else 3
+    stages = [
+        Stage("teacher", f"seed {seed}, stage 1 of {count}: teacher, NLI", lambda: teacher_command(run_folder, seed)),
+        student_stage(2, "bt", "student, Bradley-Terry alone", None),
+        student_stage(3, "idrm", "student, interaction distillation", "teacher"),
+    ]
+    if config.embedded.embedded_control:
+        stages.append(student_stage(4, "control", "student, control with uniform maps", UNIFORM_TEACHER))
+    run_stages(run_folder, stages)
+
+
+def _prepare(run_folder: Path, seed: int) -> None:
+    """Writes data and untrained student where an earlier launch has not."""
+    data = run_folder / "data"
+    if not data.exists():
+        unfinished = run_folder / ".data-unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_data(unfinished, seed, Sizes())
+        sample = (unfinished / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[: Sizes.evaluation]
+        (unfinished / f"{TRAIN_SAMPLE}.jsonl").write_text("".join(sample), encoding="utf-8")
+        os.replace(unfinished, data)
+    if not (run_folder / "student").exists():
+        texts = [text for pair in read_data(data / "train.jsonl") for text in pair.values()]
+        student.save_untrained(run_folder / "student", texts, seed, student.Size())
+
+
+def save_uniform_teacher(source: Path, target: Path) -> None:
+    """Copies a BERT teacher with its query projections at zero: every map of it is uniform, all else is the same."""
+    if target.exists():
+        return
+    unfinished = target.with_name(f".{target.name}-unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished)
+    weights = load_file(unfinished / "model.safetensors")
+    for name, weight in weights.items():
+        if ".attention.self.query." in name:
+            weight.zero_()
+    save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+    os.replace(unfinished, target)
+
+
+def _claim(folder: Path, config: RunConfiguration) -> None:
+    """Makes the folder this demonstration's, or finds that it is already."""
+    flags = {name: value for name, value in sorted(config.given.items()) if name not in _FREE_TO_CHANGE}
+    path = folder / DEMONSTRATION_FILE
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: is a file; expected a folder")
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(name for name in before.keys() | flags.keys() if before.get(name) != flags.get(name))
+        if changed:
+            name = changed[0]
+            raise InputError(
+                f"--output_dir {folder}: holds this demonstration with {name} {before.get(name, 'not given')!r} and "
+                f"not {flags.get(name, 'not given')!r}; give another folder"
+            )
+    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise InputError(f"--output_dir {folder}: holds something else; give another folder")
+    elif is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(flags, indent=2))

@@ -1,0 +1,173 @@
+"""The demonstration's stages: ordinary commands, each a fresh process on every rank, done once and then skipped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from idrm.arguments import RUN_FILE
+from idrm.embedded.generator import CUE_SHARE_OF_SPLIT
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FINISHED_FILE = "finished_stages.json"
+# Of the training pairs, evaluated like the other splits.
+TRAIN_SAMPLE = "train_sample"
+EVALUATED_SPLITS = ("train", *[split for split in CUE_SHARE_OF_SPLIT if split != "train"])
+
+STUDENT_BATCH_SIZE = 32
+# What the students' commands say where the user does not: chosen for Bradley-Terry alone, shared by all of them.
+STUDENT_FLAGS: dict[str, Any] = {
+    "num_train_epochs": 5,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.0,
+    "warmup_steps": 0.05,
+    "per_device_eval_batch_size": 100,
+    "logging_steps": 64,
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+}
+INTERACTION_FLAGS: dict[str, Any] = {"student_layers": [-2], "teacher_layers": [-2]}
+# Given to the demonstration as a whole and passed on to no stage as they are.
+_NOT_PASSED_ON = (
+    "config",
+    "local_rank",
+    "output_dir",
+    "seed",
+    "resume_from_checkpoint",
+    "embedded_seeds",
+    "embedded_control",
+    "alpha",
+    "student_layers",
+    "teacher_layers",
+    "top_blocks",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command: its `name`, the `title` that is printed, and `command`, made when the stage's turn comes."""
+
+    name: str
+    title: str
+    command: Callable[[], list[str]]
+
+
+class StageFailed(RuntimeError):
+    """A stage's process ended with a status other than 0, which is `status`."""
+
+    def __init__(self, stage: Stage, status: int):
+        super().__init__(f"the stage {stage.name} failed with exit status {status}")
+        self.status = status
+
+
+def teacher_command(run_folder: Path, seed: int) -> list[str]:
+    folders = ["--data_folder", str(run_folder / "data"), "--output_dir", str(run_folder / "teacher")]
+    return [sys.executable, "-m", "idrm.embedded.teacher", *folders, "--seed", str(seed)]
+
+
+def student_command(run_folder: Path, name: str, seed: int, given: dict[str, Any], teacher: Path | None) -> list[str]:
+    """The ordinary training command of one student, Bradley-Terry alone where `teacher` is None.
+
+    `given` are the user's own arguments, which go before the demonstration's.
+    """
+    output_dir = run_folder / name
+    files = {split: run_folder / "data" / f"{split}.jsonl" for split in EVALUATED_SPLITS}
+    files["train"] = run_folder / "data" / f"{TRAIN_SAMPLE}.jsonl"
+    batch_size = max(1, STUDENT_BATCH_SIZE // int(os.environ.get("WORLD_SIZE", "1")))
+    flags = {"per_device_train_batch_size": batch_size, **STUDENT_FLAGS}
+    flags |= {flag: value for flag, value in given.items() if flag not in _NOT_PASSED_ON}
+    flags |= {
+        "model_name_or_path": run_folder / "student",
+        "dataset_name": run_folder / "data" / "train.jsonl",
+        "eval_dataset_name": [f"{split}={path}" for split, path in files.items()],
+        "output_dir": output_dir,
+        "seed": seed,
+    }
+    if teacher is None:
+        flags["alpha"] = 0
+    else:
+        layers = {flag: given[flag] for flag in ("student_layers", "teacher_layers", "top_blocks") if flag in given}
+        flags |= {"teacher_name_or_path": teacher, "alpha": given.get("alpha", 1.0), **(layers or INTERACTION_FLAGS)}
+    if (output_dir / RUN_FILE).exists():
+        flags["resume_from_checkpoint"] = "true"
+    return [sys.executable, str(REPOSITORY / "idrm" / "train.py"), *_as_tokens(flags)]
+
+
+def run_stages(run_folder: Path, stages: list[Stage]) -> dict[str, float]:
+    """Runs what is not finished yet, in order; every rank calls it with the same stages.
+
+    Returns:
+        The seconds that each finished stage took, by name; also in FINISHED_FILE, which the first rank writes.
+
+    Raises:
+        StageFailed: with the first stage that fails.
+    """
+    seconds = finished_stages(run_folder)
+    for index, stage in enumerate(stages):
+        if stage.name in seconds:
+            logger.info("\n=== %s: finished before, skipped", stage.title)
+            continue
+        logger.info("\n=== %s", stage.title)
+        command = stage.command()
+        logger.info("%s\n", shlex.join(command))
+        started = time.monotonic()
+        status = subprocess.run(command, env=_environment(index), check=False).returncode
+        if status:
+            raise StageFailed(stage, status)
+        seconds[stage.name] = time.monotonic() - started
+        if is_first_rank():
+            write_atomically(run_folder / FINISHED_FILE, json.dumps(seconds, indent=2))
+    return seconds
+
+
+def finished_stages(run_folder: Path) -> dict[str, float]:
+    path = run_folder / FINISHED_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _environment(stage_index: int) -> dict[str, str]:
+    """This rank's environment for a stage: with several ranks, a port of the stage's own.
+
+    A rank may start a stage while another still leaves the one before: on the same port it would join that one.
+    """
+    environment = {**os.environ}
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        environment["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1 + stage_index)
+        # torchrun's own store listens on the launcher's port alone.
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    return environment
+
+
+def _as_tokens(flags: dict[str, Any]) -> list[str]:
+    tokens = []
+    for flag, value in flags.items():
+        if isinstance(value, (list, tuple)):
+            tokens += [f"--{flag}", *map(str, value)]
+        else:
+            tokens.append(f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+    return tokens
