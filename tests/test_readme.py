@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from idrm.arguments import (
     DataArguments,
+    EmbeddedArguments,
     InteractionArguments,
     ModelArguments,
     RewardTrainingArguments,
@@ -24,7 +25,7 @@ from idrm.preference import convert_record, drop_reason
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments)
+OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments, EmbeddedArguments)
 # The help flag, and flags of the programs that start ours: DeepSpeed's launcher and pip.
 OTHER_FLAGS = {"help", "num_accelerators", "no-build-isolation"}
 
@@ -36,8 +37,8 @@ def blocks(language: str) -> list[str]:
 def training_commands() -> list[list[str]]:
     """The flags of every training command in the README's shell blocks."""
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    starts = ("idrm/train.py", "idrm train")
-    return [shlex.split(line.split(start)[1]) for line in lines for start in starts if start in line]
+    patterns = (r"idrm/train\.py (.*)", r"idrm train (.*)", r'make train ARGS="(.*)"')
+    return [shlex.split(match[1]) for line in lines for pattern in patterns for match in re.finditer(pattern, line)]
 
 
 def own_defaults() -> dict[str, object]:
@@ -117,7 +118,7 @@ def test_flags_exist():
 
 def test_flag_table_is_complete_and_has_the_defaults():
     rows = dict(re.findall(r"^\| `--(\w+)` \| (?:`(.*?)`)? *\|", README, flags=re.MULTILINE))
-    expected = {name: "" if default is None else str(default) for name, default in own_defaults().items()}
+    expected = {name: "" if default is None else str(default).lower() for name, default in own_defaults().items()}
     # Shown with ours because transformers does not have it; letting a repository run its code is not advertised.
     expected["center_rewards_coefficient"] = ""
     expected.pop("trust_remote_code", None)
