@@ -154,7 +154,8 @@ class RewardTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and self._sums_file(checkpoint).is_file():
-            self._sums.copy_(torch.tensor(json.loads(self._sums_file(checkpoint).read_text())))
+            sums = json.loads(self._sums_file(checkpoint).read_text())
+            self._sums.copy_(torch.tensor(sums, dtype=self._sums.dtype))
 
     def _sums_file(self, checkpoint: str) -> Path:
         return Path(checkpoint, f"metric_sums_{self.args.process_index}.json")

@@ -171,23 +171,27 @@ class Run:
 _ports = itertools.count(29710 + os.getpid() % 400 * 20)
 
 
-def start_training(folder: Path, *flags: str, ranks: int = 0, **popen) -> subprocess.Popen:
-    """Starts idrm/train.py: by python where ranks is 0, else by the DeepSpeed launcher."""
-    command = [sys.executable, "idrm/train.py"]
-    if ranks:
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-        command = [*launcher, "--master_port", str(next(_ports)), "idrm/train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    command += ["--output_dir", str(folder), "--use_cpu", "true", "--disable_tqdm", "true", *map(str, flags)]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
-    )
+@pytest.fixture(scope="session")
+def start_training():
+    """start_training(folder, *flags, ranks=0): idrm/train.py, by python where ranks is 0, else by DeepSpeed."""
+
+    def start(folder: Path, *flags: str, ranks: int = 0, **popen) -> subprocess.Popen:
+        command = [sys.executable, "idrm/train.py"]
+        if ranks:
+            launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+            command = [*launcher, "--master_port", str(next(_ports)), "idrm/train.py"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        command += ["--output_dir", str(folder), "--use_cpu", "true", "--disable_tqdm", "true", *map(str, flags)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True, **popen)
+
+    return start
 
 
 @pytest.fixture(scope="session")
-def train():
+def train(start_training):
     """train(folder, *flags, ranks=0): a run of the entry point in processes of its own, waited for."""
 
     def run(folder: Path, *flags: str, ranks: int = 0) -> Run:

@@ -1,6 +1,7 @@
 """Flags, YAML files, and the contradictions that are refused before anything is loaded."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -147,3 +148,10 @@ def test_training_arguments_that_contradict_one_another_are_bad_input():
     config = parse_arguments([*RUN, "--use_cpu", "true", "--fp16", "true", "--bf16", "true"])
     with pytest.raises(InputError, match="At most one of fp16 and bf16"):
         config.training_arguments()
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml")), ids=str)
+def test_recipes_are_runs(path):
+    config = parse_arguments(["--config", str(path), "--output_dir", "out"])
+    assert config.is_embedded or config.data.dataset_name
+    assert config.training["output_dir"] == "out"
