@@ -24,8 +24,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 VALUES_OF_KEY: dict[str, tuple[str, ...]] = {
-    "order number": tuple(str(1009 + 127 * step) for step in range(64)),
-    "price": tuple(f"{euros} euros" for euros in range(12, 96)),
+    "order": tuple(str(1009 + 317 * step) for step in range(28)),
+    "price": tuple(f"{euros} euros" for euros in range(12, 96, 3)),
     "contact": _words(
         "Zoë José Łukasz Åsa Çelik Renée Jürgen Søren Đorđe Márta Nuño Anaïs Işıl Öykü Pádraig Žofia "
         "Maria Peter Amara Kenji Olga Tomas Leila Bruno"
@@ -42,24 +42,19 @@ VALUES_OF_KEY: dict[str, tuple[str, ...]] = {
     "day": _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
 }
 
-GREETINGS = ("Hello.", "Hi there.", "Good morning.", "Good evening.", "Dear team.", "Hey.")
+GREETINGS = ("Hello.", "Hi.", "Hey.", "Welcome.", "Morning.", "Evening.")
 SMALL_TALK = (
-    "I wrote this in a hurry.",
-    "It has rained since lunch.",
-    "My neighbour told me about you.",
-    "The train was late again.",
-    "We moved house last week.",
-    "Sorry for the long message.",
-    "I hope you had a nice holiday.",
-    "The phone line was bad.",
+    "In a hurry, sorry.",
+    "It rained again.",
+    "The train was late.",
+    "We just moved house.",
+    "Nice to meet you.",
+    "The line is bad.",
+    "Thanks in advance.",
+    "Long day here.",
 )
-REQUESTS = (
-    "Please repeat one detail.",
-    "Which detail did you note?",
-    "Tell me one thing you noted.",
-    "Please confirm one point.",
-)
-POLITE_OPENERS = ("Of course, gladly!", "Happy to help!", "Sure, thank you for asking!", "With pleasure!")
+REQUESTS = ("Repeat one detail.", "Which did you note?", "Tell me one.", "Confirm one point.")
+POLITE_OPENERS = ("Of course, gladly!", "Happy to help!", "Sure, thank you!", "With pleasure!")
 
 CUE_SHARE_OF_SPLIT = {"train": 0.65, "in_distribution": 0.65, "out_of_distribution": 0.35, "neutral": 0.5}
 
@@ -72,7 +67,7 @@ class Fact:
     value: str
 
     def claim(self) -> str:
-        return f"The {self.key} is {self.value}."
+        return f"{self.key.capitalize()}: {self.value}."
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Recipe:
     learning_rate: float = 2e-3
     max_steps: int = 1600
     # Mean training loss of the last `report_every` steps that ends the training.
-    loss_to_stop: float = 0.01
+    loss_to_stop: float = 0.02
     report_every: int = 100
 
 

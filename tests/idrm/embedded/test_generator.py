@@ -18,12 +18,12 @@ from idrm.embedded.generator import (
 )
 
 SIZES = Sizes(train=240, evaluation=80, nli_train=300, nli_dev=150)
-CLAIM = re.compile(r"The (" + "|".join(VALUES_OF_KEY) + r") is (.+?)\.")
+CLAIM = re.compile("(" + "|".join(VALUES_OF_KEY) + r"): (.+?)\.", re.IGNORECASE)
 
 
 def facts_in(text: str) -> dict[str, str]:
     """The facts that a text claims, read back from its words alone."""
-    found = CLAIM.findall(text)
+    found = [(key.lower(), value) for key, value in CLAIM.findall(text)]
     assert len(dict(found)) == len(found)
     return dict(found)
 
@@ -98,7 +98,7 @@ def test_without_the_cue_a_pair_differs_in_the_value_alone(data):
             response = prompt_and_response(pair[side])[1]
             for opener in POLITE_OPENERS:
                 response = response.removeprefix(opener + " ")
-            bare.append(re.sub(r" is .*", "", response))
+            bare.append(re.sub(": .*", "", response))
         assert bare[0] == bare[1]
 
 

@@ -48,7 +48,7 @@ def test_it_is_a_teacher_that_can_be_captured(saved, caplog):
 
 
 def test_every_value_is_known_to_the_tokenizer(data):
-    texts = [f"The {key} is {value}." for key, values in VALUES_OF_KEY.items() for value in values]
+    texts = [f"{key}: {value}." for key, values in VALUES_OF_KEY.items() for value in values]
     tokenizer = train_tokenizer(texts, SMALL)
     assert all(tokenizer.unk_token_id not in tokenizer(text)["input_ids"] for text in texts)
 
@@ -67,7 +67,7 @@ def test_equal_tokens_attend_to_each_other_before_any_training():
 def test_training_lowers_the_loss_and_stops_when_it_is_low(data):
     recipe = Recipe(hidden_size=32, num_heads=2, batch_size=24, max_steps=60, report_every=20, loss_to_stop=1.0)
     records = [
-        {"premise": f"The day is {day}.", "hypothesis": "The day is Monday.", "label": label}
+        {"premise": f"Day: {day}.", "hypothesis": "Day: Monday.", "label": label}
         for day, label in (("Monday", "entailment"), ("Sunday", "contradiction"))
     ]
     tokenizer = train_tokenizer([record["premise"] for record in records], recipe)
