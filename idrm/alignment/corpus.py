@@ -118,7 +118,9 @@ def encode_preferences(
     Raises:
         InputError: no pair is left.
     """
-    fingerprint = sha256(f"{dataset._fingerprint} {encoder.fingerprint}".encode()).hexdigest()
+    fingerprint = sha256(f"{dataset._fingerprint} {encoder.fingerprint}".encode()).hexdigest()[
+        :32
+    ]  # datasets refuses long ones
     encoded = dataset.map(
         encoder,
         remove_columns=dataset.column_names,

@@ -3,7 +3,7 @@
 from functools import cache
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
@@ -20,6 +20,7 @@ def _byte_level_bpe(trim_offsets: bool, normalizer: normalizers.Normalizer | Non
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=trim_offsets)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=380, initial_alphabet=alphabet, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False
@@ -70,6 +71,12 @@ def _metaspace_unigram() -> Tokenizer:
     return tokenizer
 
 
+def _reads_one_text() -> Tokenizer:
+    tokenizer = _byte_level_bpe(trim_offsets=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$B $A", special_tokens=[])
+    return tokenizer
+
+
 @pytest.fixture(scope="session")
 def tokenizer_of():
     """tokenizer_of(kind, chat_template=None): a fast tokenizer of one of the kinds below."""
@@ -82,6 +89,7 @@ def tokenizer_of():
         "byte-level NFC": (_byte_level_bpe(trim_offsets=False, normalizer=normalizers.NFC()), decoder_specials),
         "metaspace": (_metaspace_bpe(), decoder_specials),
         "wordpiece": (_wordpiece(), {**encoder_specials, "unk_token": "[UNK]", **with_types}),
+        "one text": (_reads_one_text(), decoder_specials),
         "unigram NFKC": (_metaspace_unigram(), {**encoder_specials, "unk_token": "<unk>"}),
     }
 
