@@ -20,7 +20,7 @@ from idrm.trainer import RewardTrainer
 
 @pytest.fixture
 def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_path, eval_pairs_path):
-    """make_trainer(alpha=..., interaction={...}, **TrainingArguments): a trainer of the tiny models on the tiny data."""
+    """make_trainer(alpha=..., interaction={...}, **TrainingArguments): of the tiny models, on the tiny data."""
 
     def make(
         *, alpha=1.0, student_layers=(-1,), teacher_layers=(-1,), interaction=None, padding_side="right", **values
