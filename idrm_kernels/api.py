@@ -12,7 +12,7 @@ from idrm_kernels import validation
 from idrm_kernels.impl import chunked
 from idrm_kernels.impl.problem import MapProblem
 from idrm_kernels.inputs import PackedAttention, StoredMaps
-from idrm_kernels.layout import MapLayout
+from idrm_kernels.layout import MapLayout, integers
 from idrm_kernels.ops import OPS
 from idrm_kernels.reduction import REDUCTIONS
 
@@ -130,7 +130,7 @@ def attention_map_rows(
     Args:
         model: the student's attention, or with teacher_side the teacher's.
         layout: the layout of the batch.
-        rows: unit rows, counted over the whole batch as in unit_of_token.
+        rows: unit rows, counted over the whole batch as in unit_of_token: ints or an integer tensor (rows,).
         normalization, num_head_groups: as in ``attention_map_loss``.
         teacher_side: whether model's tokens are the layout's teacher tokens.
 
@@ -139,17 +139,17 @@ def attention_map_rows(
         a unit, segment after segment. Within every segment ("block"), or in all ("joint"), it sums to 1.
 
     Raises:
-        TypeError, ValueError: as ``attention_map_loss``; IndexError: a row beyond the layout's units.
+        TypeError, ValueError: as ``attention_map_loss``; ValueError: a row beyond the layout's units.
     """
     validation.check_layout(layout)
     validation.check_choice("normalization", normalization, NORMALIZATIONS)
     validation.check_count("num_head_groups", num_head_groups, 1)
     tokens = layout.teacher_total_tokens if teacher_side else layout.total_tokens
     validation.check_attention("model", model, layout, tokens, num_head_groups)
-    rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+    rows = integers("rows", rows.cpu() if isinstance(rows, Tensor) else rows).tolist()
     for row in rows:
         if not 0 <= row < layout.total_units:
-            raise IndexError(f"rows: expected unit rows in [0, {layout.total_units}), got {row}")
+            raise ValueError(f"rows: expected unit rows in [0, {layout.total_units}), got {row}")
     model = model.detach()
     problem = MapProblem(*_flat(model, model, layout, "l2", normalization, num_head_groups, 0))
     side = problem.teacher if teacher_side else problem.student

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
+from idrm_kernels.layout import check_mask
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class DisentangledBias:
     """Position bias of a DeBERTa-like teacher (DESIGN section 2.2), linear in the number of tokens.
 
@@ -33,7 +34,7 @@ class DisentangledBias:
         return dataclasses.replace(self, c2p=c2p, p2c=p2c)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PackedAttention:
     """One model's attention over the content tokens of a batch, packed without padding; never materialised.
 
@@ -56,19 +57,20 @@ class PackedAttention:
         """Packs (B, H, N, D) queries and (B, Hkv, N, D) keys by a (B, N) bool mask of the tokens that take part.
 
         Differentiable in q and k. The order is row after row, which is the order of ``MapLayout.from_mask(mask)``.
-        ``fields`` are the remaining attributes. Raises TypeError or ValueError for a mask of another dtype or shape.
+        ``fields`` are the remaining attributes. Reads the mask once, which synchronises with an accelerator. Raises
+        TypeError or ValueError for a mask of another dtype or shape.
         """
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
-        if mask.dim() != 2:
-            raise ValueError(f"mask: expected shape (batch, tokens), got {tuple(mask.shape)}")
+        check_mask(mask)
         for name, tensor in (("q", q), ("k", k)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
             if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[2]) != tuple(mask.shape):
                 raise ValueError(
                     f"{name}: expected shape (batch, heads, tokens, head_dim) with batch and tokens of the mask "
                     f"{tuple(mask.shape)}, got {tuple(tensor.shape)}"
                 )
-        return cls(q=q.transpose(1, 2)[mask], k=k.transpose(1, 2)[mask], **fields)
+        tokens = mask.nonzero(as_tuple=True)
+        return cls(q=q.transpose(1, 2)[tokens], k=k.transpose(1, 2)[tokens], **fields)
 
     @property
     def scale(self) -> float:
@@ -81,7 +83,7 @@ class PackedAttention:
         return dataclasses.replace(self, q=self.q.detach(), k=self.k.detach(), position_bias=bias)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class StoredMaps:
     """Teacher maps computed elsewhere: at unit level, head-averaged within the groups, normalised; used as they are.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class MapLayout:
         if unit_of_token is None:
             units = torch.arange(total_tokens)
         else:
-            units = _integers("unit_of_token", unit_of_token)
+            units = integers("unit_of_token", unit_of_token)
         if teacher_unit_of_token is None:
             if not same_counts:
                 raise ValueError(
@@ -102,7 +102,7 @@ class MapLayout:
                 )
             teacher_units = units
         else:
-            teacher_units = _integers("teacher_unit_of_token", teacher_unit_of_token)
+            teacher_units = integers("teacher_unit_of_token", teacher_unit_of_token)
         if cu_units is None:
             cu_units = _counted_units(cu_seqlens, units)
         else:
@@ -138,10 +138,7 @@ class MapLayout:
 
         Lives on the mask's device; reads the row lengths once. A unit is a token. For ``PackedAttention.from_padded``.
         """
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
-        if mask.dim() != 2:
-            raise ValueError(f"mask: expected shape (batch, tokens), got {tuple(mask.shape)}")
+        check_mask(mask)
         lengths = mask.sum(dim=1).cpu()
         return cls.build(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), segments=1, device=mask.device)
 
@@ -164,13 +161,26 @@ class MapLayout:
         return self.num_examples * self.segments
 
 
-def _integers(name: str, values: Counts) -> Tensor:
+def check_mask(mask: Tensor) -> None:
+    """Raises TypeError or ValueError unless mask is a (batch, tokens) bool tensor."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
+    if mask.dim() != 2:
+        raise ValueError(f"mask: expected shape (batch, tokens), got {tuple(mask.shape)}")
+
+
+def integers(name: str, values: Counts) -> Tensor:
+    """A copy (n,) int64 of a list of ints or an integer tensor on the host; raises TypeError or ValueError."""
     if isinstance(values, Tensor):
         if values.device.type != "cpu":
             raise TypeError(f"{name}: expected a tensor on the host (cpu), got one on {values.device}")
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name}: expected integers, got dtype {values.dtype}")
-        tensor = values.to(torch.int64)
+        tensor = values.to(torch.int64, copy=True)
+    elif not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a list of ints or an integer tensor, got {type(values).__name__}")
     else:
         values = list(values)
         if any(isinstance(value, bool) or not hasattr(value, "__index__") for value in values):
@@ -182,7 +192,7 @@ def _integers(name: str, values: Counts) -> Tensor:
 
 
 def _cumulative(name: str, values: Counts) -> Tensor:
-    counts = _integers(name, values)
+    counts = integers(name, values)
     if len(counts) == 0 or counts[0] != 0:
         raise ValueError(f"{name}: expected cumulative counts that start at 0, got {counts[:4].tolist()}")
     decreasing = (counts.diff() < 0).nonzero()
@@ -223,11 +233,12 @@ def _unit_offsets(name: str, units: Tensor, cu_seqlens: Tensor, cu_units: Tensor
             f"{name}: expected a unit of segment {segment} in [{int(cu_units[segment])}, {int(cu_units[segment + 1])}) "
             f"at token {at}, got {int(units[at])}"
         )
-    tokens_of_unit = torch.bincount(units, minlength=total_units)
-    empty = (tokens_of_unit == 0).nonzero()
-    if len(empty):
-        raise ValueError(f"{name}: expected at least one token in every unit, unit {int(empty[0])} has none")
-    return torch.nn.functional.pad(tokens_of_unit.cumsum(0), (1, 0))
+    enclosed = torch.cat([units.new_tensor([-1]), units, units.new_tensor([total_units])])
+    gaps = (enclosed.diff() > 1).nonzero()
+    if len(gaps):
+        empty = int(enclosed[gaps[0]]) + 1
+        raise ValueError(f"{name}: expected at least one token in every unit, unit {empty} has none")
+    return torch.nn.functional.pad(torch.bincount(units, minlength=total_units).cumsum(0), (1, 0))
 
 
 def _maximum(values: Tensor) -> int:

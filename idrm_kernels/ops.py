@@ -7,6 +7,7 @@ shapes to torch.compile; backward ops are ops too, so that compiled graphs hold 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -79,13 +80,14 @@ def _register_distance(name: str, module: ModuleType) -> Callable:
     )
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-        ctx.arguments = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+        # A teacher run in inference mode gives tensors that autograd refuses to save; no graph can hold them either.
+        ctx.is_saved = [isinstance(value, Tensor) and not value.is_inference() for value in inputs]
+        ctx.save_for_backward(*itertools.compress(inputs, ctx.is_saved))
+        ctx.arguments = [None if saved else value for saved, value in zip(ctx.is_saved, inputs, strict=True)]
 
     def differentiate(ctx, coefficients):
         saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if tensor else value for tensor, value in zip(ctx.is_tensor, ctx.arguments, strict=True)]
+        inputs = [next(saved) if own else value for own, value in zip(ctx.is_saved, ctx.arguments, strict=True)]
         dq, dk = backward(coefficients, *inputs)
         return dq, dk, *(None for _ in inputs[2:])
 

@@ -53,7 +53,8 @@ def example_losses(
 
     Returns:
         Two tensors (num_examples,) of the distances' dtype: the sum over the blocks x = y, and over x != y, mean over
-        the head groups, unweighted. Their weighted sum, averaged over the examples, is ``attention_map_loss``.
+        the head groups, unweighted. Their weighted sum, averaged over the examples, is ``attention_map_loss``. For
+        values: autograd through a square root at 0 gives NaN here, where the loss op's gradient is 0.
     """
     weights = distances.new_ones(layout.total_units) if row_weights is None else row_weights.detach().to(distances)
     cu_units = layout.cu_units.tolist()

@@ -85,9 +85,10 @@ def check_sides(
     """Raises TypeError or ValueError unless student and teacher fit the layout and the head groups."""
     check_layout(layout)
     check_count("num_head_groups", num_head_groups, 1)
+    if isinstance(student, PackedAttention) and student.position_bias is not None:
+        got = type(student.position_bias).__name__
+        raise ValueError(f"student.position_bias: expected None (only a teacher may have one), got {got}")
     check_attention("student", student, layout, layout.total_tokens, num_head_groups)
-    if student.position_bias is not None:
-        raise ValueError("student.position_bias: expected None (only a teacher may have one), got a DisentangledBias")
     if isinstance(teacher, StoredMaps):
         _check_tensor("teacher.maps", teacher.maps, FLOATING, layout.device)
         expected = (layout.num_examples, num_head_groups, layout.max_units, layout.max_units)

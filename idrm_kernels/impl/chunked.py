@@ -12,6 +12,8 @@ or one head), a few t x N tiles of averaged maps, and buffers linear in the toke
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +26,17 @@ from idrm_kernels.impl.problem import Attention, LossOptions, LossOutput, MapPro
 TILE_ROWS = 64
 # One block of heads of a tile: near a core's second-level cache on a CPU, enough work per launch on an accelerator.
 CPU_HEAD_BLOCK_BYTES, ACCELERATOR_HEAD_BLOCK_BYTES = 1 << 20, 8 << 20
+
+
+def unit_runs(offsets: list[int], units: range) -> Iterator[range]:
+    """Runs of whole units of at most TILE_ROWS tokens; a longer unit alone."""
+    start = units.start
+    while start < units.stop:
+        stop = start + 1
+        while stop < units.stop and offsets[stop + 1] - offsets[start] <= TILE_ROWS:
+            stop += 1
+        yield range(start, stop)
+        start = stop
 
 
 class UnitRuns(NamedTuple):
@@ -120,29 +133,39 @@ class GroupAttention:
         delta = side.positions[queries].long()[:, None] - side.positions[keys].long()
         slots = side.slot_of_delta[delta.clamp_(-limit, limit).add_(limit)].long()
         if side.c2p is not None:
-            table = side.c2p[queries, own].to(self.dtype).transpose(0, 1)
+            table = side.c2p[queries, own].transpose(0, 1)
             scores.add_(table.gather(2, slots.expand_as(scores)))
         if side.p2c is not None:
-            table = side.p2c[keys, own].to(self.dtype).transpose(0, 1)
+            table = side.p2c[keys, own].transpose(0, 1)
             by_key = slots.T.expand(scores.shape[0], -1, -1)
             scores.add_(table.gather(2, by_key).transpose(1, 2))
 
-    def merged_rows(self, units: range, kept: list[Tensor] | None = None) -> Tensor:
+    def merged_rows(self, units: range, kept: deque[Tensor] | None = None) -> Tensor:
         """U (units, units of the support): heads averaged, keys of a unit summed, rows of a unit averaged.
 
-        Probabilities are appended to ``kept``, piece by piece and block by block, where a list is given.
+        Probabilities are appended to ``kept``, piece by piece and block by block, where one is given.
         """
-        tokens = []
-        for rows in self.pieces(units):
-            total = self.k.new_zeros(len(rows), self.num_keys)
-            for heads in self.head_blocks():
-                block = self.probabilities(rows, heads)
-                total.add_(block.sum(0))
-                if kept is not None:
-                    kept.append(block)
-            by_key = total.div_(self.heads).T
-            tokens.append(self.key_runs.summed(by_key).T)
-        return UnitRuns.of(self.side, units).averaged(torch.cat(tokens))
+        merged = []
+        for run in unit_runs(self.side.unit_offsets, units):
+            pieces = (self.token_rows(rows, kept) for rows in self.pieces(run))
+            if len(run) > 1:
+                merged.append(UnitRuns.of(self.side, run).averaged(next(pieces)))
+            else:
+                num_tokens = self.side.unit_offsets[run.stop] - self.side.unit_offsets[run.start]
+                merged.append(
+                    functools.reduce(Tensor.add_, (rows.sum(0, keepdim=True) for rows in pieces)) / num_tokens
+                )
+        return torch.cat(merged)
+
+    def token_rows(self, rows: range, kept: deque[Tensor] | None) -> Tensor:
+        """The head-averaged map of some tokens, keys of a unit summed (rows, units of the support)."""
+        total = self.k.new_zeros(len(rows), self.num_keys)
+        for heads in self.head_blocks():
+            block = self.probabilities(rows, heads)
+            total.add_(block.sum(0))
+            if kept is not None:
+                kept.append(block)
+        return self.key_runs.summed(total.div_(self.heads).T).T
 
     def pieces(self, units: range) -> Iterator[range]:
         """The tokens of some units in ranges of at most TILE_ROWS."""
@@ -160,7 +183,7 @@ class Chunk:
         self.problem = problem
         self.student = student
         self.units = units
-        self.kept = [] if needs_grad and tile_bytes <= problem.workspace_bytes else None
+        self.kept = deque() if needs_grad and tile_bytes <= problem.workspace_bytes else None
         self.map = student.merged_rows(units, self.kept)
         self.teacher = teacher
 
@@ -181,7 +204,7 @@ class Chunk:
         return 1 - quotient.masked_fill_(self.map <= 1e-30, 0)
 
     def add_gradients(self, components: Sequence[Tensor], dq: Tensor, dk: Tensor, first_row: int) -> None:
-        """Adds this chunk's part of the gradients of some components.
+        """Adds this chunk's part of the gradients of some components; once, for it lets go of what was kept.
 
         Args:
             components: each (units, units of the support), the derivative of one scalar by U.
@@ -192,24 +215,24 @@ class Chunk:
         scale = student.side.softmax_scale
         num_rows = offsets[self.units.stop] - offsets[self.units.start]
         unit_rows = UnitRuns.of(student.side, self.units)
+        # A unit alone, which may be long, has one row for all its tokens; the tokens of others make one piece.
+        alone = len(self.units) == 1
         spread = []
         for component in components:
             component = component / student.heads
             if unit_rows.token_counts is not None:
                 component = component / unit_rows.token_counts[:, None]
-            by_key = student.key_runs.spread(component.T, student.num_keys)
-            spread.append(unit_rows.spread(by_key.T, num_rows).contiguous())
-        kept = iter(self.kept) if self.kept is not None else None
+            by_unit = student.key_runs.spread(component.T, student.num_keys).T
+            spread.append((by_unit if alone else unit_rows.spread(by_unit, num_rows)).contiguous())
         for rows in student.pieces(self.units):
-            piece = slice(rows.start - offsets[self.units.start], rows.stop - offsets[self.units.start])
             own = slice(rows.start - first_row, rows.stop - first_row)
             for heads in student.head_blocks():
-                p = next(kept) if kept is not None else student.probabilities(rows, heads)
+                p = student.probabilities(rows, heads) if self.kept is None else self.kept.popleft()
                 q = student.queries(rows, heads)
                 for index, d_probabilities in enumerate(spread):
-                    d_scores = p * d_probabilities[piece]
+                    d_scores = p * d_probabilities
                     delta = d_scores.sum(-1, keepdim=True)
-                    torch.sub(d_probabilities[piece], delta, out=d_scores)
+                    torch.sub(d_probabilities, delta, out=d_scores)
                     d_scores.mul_(p)
                     dq[index, own, heads] += torch.bmm(d_scores, student.k[heads]).mul_(scale).transpose(0, 1)
                     dk[index, heads] += torch.bmm(d_scores.transpose(1, 2), q).mul_(scale)
@@ -232,17 +255,13 @@ class Block:
             self.first_stored_row = first = problem.example_segments(example)[0].start
             self.stored = problem.maps[example, group, :, units.start - first : units.stop - first]
 
-    def chunks(self, needs_grad: bool) -> Iterator[Chunk]:
-        """Runs of whole units of at most TILE_ROWS student tokens; a longer unit alone."""
-        offsets = self.student.side.unit_offsets
-        start = self.rows.start
-        while start < self.rows.stop:
-            stop = start + 1
-            while stop < self.rows.stop and offsets[stop + 1] - offsets[start] <= TILE_ROWS:
-                stop += 1
-            units = range(start, stop)
-            yield Chunk(self.problem, self.student, self.teacher_rows(units), units, needs_grad)
-            start = stop
+    def runs(self) -> Iterator[range]:
+        """The rows of every chunk."""
+        return unit_runs(self.student.side.unit_offsets, self.rows)
+
+    def chunk(self, units: range, needs_grad: bool) -> Chunk:
+        """One of the runs."""
+        return Chunk(self.problem, self.student, self.teacher_rows(units), units, needs_grad)
 
     def teacher_rows(self, units: range) -> Tensor:
         """The teacher's U for some unit rows (units, units of the support)."""
@@ -310,9 +329,9 @@ def distance(problem: MapProblem) -> Tensor:
     distances = torch.zeros(shape, dtype=problem.dtype, device=problem.q.device)
     for example in range(problem.num_examples):
         for _, ys, block in example_blocks(problem, example):
-            for chunk in block.chunks(needs_grad=False):
-                rows = distances[block.group, chunk.units.start : chunk.units.stop]
-                rows[:, ys[0] : ys[-1] + 1] = chunk.distances(block.columns)
+            for units in block.runs():
+                rows = distances[block.group, units.start : units.stop]
+                rows[:, ys[0] : ys[-1] + 1] = block.chunk(units, needs_grad=False).distances(block.columns)
     return distances
 
 
@@ -323,10 +342,11 @@ def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor
         gradients = ExampleGradients(problem, example)
         for _, ys, block in example_blocks(problem, example):
             block_dq, block_dk = block.gradient_buffers(components=1)
-            for chunk in block.chunks(needs_grad=True):
+            for units in block.runs():
+                chunk = block.chunk(units, needs_grad=True)
                 d_map = chunk.map_gradient()
                 for y, columns in zip(ys, block.columns, strict=True):
-                    d_map[:, columns] *= coefficients[block.group, chunk.units.start : chunk.units.stop, y, None]
+                    d_map[:, columns] *= coefficients[block.group, units.start : units.stop, y, None]
                 chunk.add_gradients([d_map], block_dq, block_dk, block.first_row)
             gradients.add(block, block_dq[0], block_dk[0])
         gradients.write(dq, dk)
@@ -350,13 +370,16 @@ def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
         gradients = ExampleGradients(problem, example) if options.needs_grad else None
         for x, ys, block in example_blocks(problem, example):
             block_weights = [(options.intra_weight if x == y else options.inter_weight) / averaged for y in ys]
-            losses, factors, block_dq, block_dk = sweep(block, options, weights, block_weights)
+            needs_grad = options.needs_grad and any(block_weights)
+            losses, factors, block_dq, block_dk = sweep(
+                block, options._replace(needs_grad=needs_grad), weights, block_weights
+            )
             for y, value in zip(ys, losses, strict=True):
                 if x == y:
                     intra = intra + value / averaged
                 else:
                     inter = inter + value / averaged
-            if gradients is not None:
+            if needs_grad:
                 total_dq = torch.einsum("c,crhd->rhd", factors, block_dq)
                 gradients.add(block, total_dq, torch.einsum("c,chnd->hnd", factors, block_dk))
         if gradients is not None:
@@ -378,23 +401,25 @@ def sweep(
     apart = options.reduction == "frobenius"
     components = len(block.columns) if apart else 1
     dq, dk = block.gradient_buffers(components if options.needs_grad else 0)
-    distances = []
-    for chunk in block.chunks(options.needs_grad):
-        chunk_distances = chunk.distances(block.columns)
-        distances.append(chunk_distances)
-        if not options.needs_grad:
-            continue
-        d_map = chunk.map_gradient()
-        chunk_weights = weights[chunk.units.start : chunk.units.stop]
-        parts = d_map.new_zeros(components, *d_map.shape)
-        for index, columns in enumerate(block.columns):
-            coefficients = reduction.row_coefficients(
-                options.reduction, chunk_distances[:, index], chunk_weights, total_weight
-            )
-            coefficients = block_weights[index] * coefficients[:, None]
-            parts[index if apart else 0, :, columns] = d_map[:, columns] * coefficients
-        chunk.add_gradients(parts.unbind(), dq, dk, block.first_row)
-    by_segment = torch.cat(distances).unbind(1)
+
+    def sweep_chunk(units: range) -> Tensor:
+        """A chunk lives no longer than this call, so that its kept probabilities never meet the next one's."""
+        chunk = block.chunk(units, options.needs_grad)
+        distances = chunk.distances(block.columns)
+        if options.needs_grad:
+            d_map = chunk.map_gradient()
+            chunk_weights = weights[units.start : units.stop]
+            parts = d_map.new_zeros(components, *d_map.shape)
+            for index, columns in enumerate(block.columns):
+                coefficients = reduction.row_coefficients(
+                    options.reduction, distances[:, index], chunk_weights, total_weight
+                )
+                coefficients = block_weights[index] * coefficients[:, None]
+                parts[index if apart else 0, :, columns] = d_map[:, columns] * coefficients
+            chunk.add_gradients(parts.unbind(), dq, dk, block.first_row)
+        return distances
+
+    by_segment = torch.cat([sweep_chunk(units) for units in block.runs()]).unbind(1)
     losses = torch.stack([reduction.block_loss(options.reduction, d, weights[rows]) for d in by_segment])
     factors = reduction.block_factor(options.reduction, losses[:components])
     return losses, factors, dq, dk

@@ -1,5 +1,8 @@
 """MapLayout: what it derives, and what it refuses."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -45,6 +48,22 @@ def test_from_mask_equals_from_padded():
     assert attention_map_distance(packed, packed.detach(), layout).shape == (1, 5, 1)
 
 
+def test_holds_what_it_validated():
+    """Tensors that the caller goes on to use are copied."""
+    counts, units = torch.tensor([0, 2, 4]), torch.tensor([0, 1, 2, 3])
+    layout = MapLayout.build(counts, cu_units=counts, unit_of_token=units)
+    counts.fill_(7)
+    units.fill_(7)
+    assert layout.cu_units.tolist() == [0, 2, 4]
+    assert layout.unit_offsets.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_travels_between_processes():
+    layout = MapLayout.build([0, 2, 3], unit_of_token=[0, 0, 1], teacher_unit_of_token=[0, 0, 1])
+    for other in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):
+        assert (other.segments, other.total_units, other.unit_offsets.tolist()) == (2, 2, [0, 2, 3])
+
+
 def test_moves_between_devices():
     layout = MapLayout.build([0, 2, 4])
     moved = layout.to("meta")
@@ -87,7 +106,9 @@ def test_moves_between_devices():
             "teacher_unit_of_token: .* unit 2 has none",
         ),
         ([[0, 3, 4]], {"unit_of_token": [-1, 0, 1, 2]}, ValueError, "unit_of_token: expected a unit of segment 0"),
+        ([[0, 2, 4]], {"unit_of_token": [0, 1, 2, 10**13]}, ValueError, "unit_of_token: .* unit 3 has none"),
         ([torch.zeros(3, dtype=torch.int32, device="meta")], {}, TypeError, "on the host"),
+        ([4], {}, TypeError, "cu_seqlens: expected a list of ints or an integer tensor, got int"),
     ],
 )
 def test_refusals(arguments, options, error, message):
@@ -100,7 +121,7 @@ def test_a_unit_of_two_segments_is_refused_when_units_are_counted():
         MapLayout.build([0, 2, 4], unit_of_token=[0, 1, 1, 2])
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(3, dtype=torch.bool)])
+@pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(3, dtype=torch.bool), [[True]]])
 def test_from_mask_refuses(mask):
     with pytest.raises((TypeError, ValueError), match="mask: expected"):
         MapLayout.from_mask(mask)

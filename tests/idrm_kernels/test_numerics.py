@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from idrm_kernels import attention_map_distance, attention_map_loss
+from idrm_kernels.reduction import example_losses
 from idrm_kernels.testing.cases import Case, error_bound, make_problem
 from idrm_kernels.testing.oracle import oracle_distance, oracle_loss
 
@@ -18,6 +19,7 @@ CASES = {
     "joint": Case(lengths=RAGGED, normalization="joint", weighted=True),
     "kl": Case(lengths=RAGGED, metric="kl", reduction="row_sq", num_head_groups=2),
     "kl-joint-merged": Case(lengths=RAGGED, metric="kl", normalization="joint", merged=True, reduction="row"),
+    "kl-underflow": Case(lengths=RAGGED, metric="kl", reduction="row_sq", peak=400.0),
     "kl-frobenius-peaked": Case(lengths=RAGGED, metric="kl", weighted=True, merged=True, peak=8.0),
     "row": Case(lengths=RAGGED, reduction="row", weighted=True, inter_weight=0.3),
     "row_sq-joint-groups": Case(lengths=RAGGED, reduction="row_sq", normalization="joint", num_head_groups=2),
@@ -41,6 +43,7 @@ CASES = {
     "causal-stored-joint": Case(lengths=((9,), (3,)), causal=True, teacher="stored", normalization="joint"),
     "three-segments": Case(lengths=((4, 3, 5), (0, 2, 1)), num_head_groups=2, weighted=True),
     "three-segments-joint": Case(lengths=((4, 3, 5), (0, 2, 1)), normalization="joint", merged=True, inter_weight=0.5),
+    "intra-only-block": Case(lengths=RAGGED, inter_weight=0.0, merged=True),
     "intra-only": Case(lengths=RAGGED, inter_weight=0.0, normalization="joint"),
     "softmax-scale": Case(lengths=RAGGED, softmax_scale=0.9, merged=True),
     "no-examples": Case(lengths=()),
@@ -203,6 +206,81 @@ def test_intra_and_inter_are_the_unweighted_parts(name, impl):
     assert not result.intra.requires_grad
     assert not result.inter.requires_grad
     assert torch.autograd.grad(result.loss, q)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("normalization", ["block", "joint"])
+@pytest.mark.parametrize("reduction", ["frobenius", "row", "row_sq"])
+def test_rows_of_weight_zero(reduction, normalization, impl):
+    """Some rows of a block, and all rows of another: they count nothing and get no gradient."""
+    case = Case(lengths=((7, 5), (4, 3)), reduction=reduction, normalization=normalization, dtype=torch.float64)
+    problem = make_problem(case)
+    weights = torch.ones(problem.layout.total_units)
+    weights[[1, 4]] = 0
+    weights[7:12] = 0
+    problem = dataclasses.replace(problem, row_weights=weights)
+    expected = oracle_outputs(problem, case)
+    actual = implementation_outputs(problem, case, impl)
+    for output in ("loss", "loss_dq", "loss_dk"):
+        torch.testing.assert_close(actual[output], expected[output], rtol=1e-9, atol=1e-10)
+    assert actual["loss_dq"][weights == 0].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["joint", "row", "kl", "three-segments", "stored-row", "no-examples", "empty-examples"]
+)
+def test_example_losses_are_the_terms_of_the_loss(name, impl):
+    case = dataclasses.replace(CASES[name], dtype=torch.float64)
+    problem = make_problem(case)
+    sides = (problem.student, problem.teacher, problem.layout)
+    options = {"row_weights": problem.row_weights}
+    loss = attention_map_loss(*sides, impl=impl, **options, **case.map_options, **case.loss_options)
+    distances = attention_map_distance(*sides, impl=impl, **case.map_options)
+    intra, inter = example_losses(distances, problem.layout, reduction=case.reduction, **options)
+    assert intra.shape == inter.shape == (problem.layout.num_examples,)
+    torch.testing.assert_close(intra.sum() / max(len(intra), 1), loss.intra)
+    torch.testing.assert_close(inter.sum() / max(len(inter), 1), loss.inter)
+
+
+def test_inputs_may_be_strided(impl):
+    """Slices of one fused projection: the same bits as contiguous copies, and gradients of the inputs' shape."""
+    problem = make_problem(Case(merged=True))
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(problem.layout.total_tokens, 8, 8, generator=generator, requires_grad=True)
+    results = []
+    for q, k in ((fused[:, :4], fused[:, 4:6]), (fused[:, :4].contiguous(), fused[:, 4:6].contiguous())):
+        student = dataclasses.replace(problem.student, q=q, k=k)
+        loss = attention_map_loss(student, problem.teacher, problem.layout, impl=impl).loss
+        distance = attention_map_distance(student, problem.teacher, problem.layout, impl=impl)
+        results.append((loss, distance, *torch.autograd.grad(loss + distance.sum(), fused)))
+    assert all(torch.equal(own, expected) for own, expected in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("wanted", ["q", "k"])
+def test_one_input_alone_may_require_grad(wanted, impl):
+    problem, q, k = make_problem(Case()).leaves()
+
+    def gradients(student, *leaves):
+        loss = attention_map_loss(student, problem.teacher, problem.layout, impl=impl).loss
+        distance = attention_map_distance(student, problem.teacher, problem.layout, impl=impl).sum()
+        return torch.autograd.grad(loss + distance, leaves)
+
+    both = dict(zip("qk", gradients(problem.student, q, k), strict=True))
+    other = {"q": {"k": k.detach()}, "k": {"q": q.detach()}}[wanted]
+    (alone,) = gradients(dataclasses.replace(problem.student, **other), {"q": q, "k": k}[wanted])
+    assert torch.equal(alone, both[wanted])
+
+
+def test_bias_tables_may_be_float32(impl):
+    """The same values in either dtype give the same bits."""
+    problem = make_problem(Case(dtype=torch.bfloat16, bias="both", merged=True))
+    bias = problem.teacher.position_bias
+    wide = dataclasses.replace(bias, c2p=bias.c2p.float(), p2c=bias.p2c.float())
+    wide = dataclasses.replace(problem.teacher, position_bias=wide)
+    narrow, own = (
+        attention_map_distance(problem.student, teacher, problem.layout, impl=impl)
+        for teacher in (problem.teacher, wide)
+    )
+    assert torch.equal(own, narrow)
 
 
 def test_scalars_are_float32_for_every_training_dtype(impl):
