@@ -6,8 +6,9 @@ which only decides whether the student's probabilities are kept for the gradient
 not depend on it, nor on the other examples of the batch, not in a bit.
 
 With t = TILE_ROWS, N the tokens of an example and H the heads of a group, the live memory beside the inputs and
-gradients is at most workspace_bytes for kept probabilities, two blocks of t x N for some of the heads (HEAD_BLOCK_BYTES
-or one head), a few t x N tiles of averaged maps, and buffers linear in the tokens of one example.
+gradients is at most workspace_bytes for kept probabilities, two blocks of t x N for some of the heads (one head, or as
+many as fit in *_HEAD_BLOCK_BYTES), a few t x N tiles of averaged maps, two more a component of "frobenius", and buffers
+linear in the tokens of one example.
 """
 
 from __future__ import annotations
