@@ -81,6 +81,11 @@ def train(config: RunConfiguration) -> None:
     tokenizer = load_student_tokenizer(config.model)
     _prepare_processes(config)
     args = config.training_arguments()
+    if args.n_gpu > 1:
+        raise InputError(
+            f"one process sees {args.n_gpu} devices: start one for each (deepspeed idrm/train.py --deepspeed "
+            "ds_zero3.json ...), or show it one with CUDA_VISIBLE_DEVICES"
+        )
     set_seed(args.seed)
 
     teacher = _load_teacher(config, args) if config.interaction.alpha > 0 else None

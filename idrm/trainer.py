@@ -134,7 +134,8 @@ class RewardTrainer(Trainer):
 
     def _is_logging_step(self) -> bool:
         """Whether the optimizer step under way ends in a record; only then is the uniform map worth its time."""
-        return (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
+        step = self.state.global_step + 1
+        return step % max(1, self.state.logging_steps) == 0 or (step == 1 and self.args.logging_first_step)
 
     def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         sums = prediction.predictions.sum(axis=0).tolist()

@@ -168,7 +168,8 @@ class Run:
         return json.loads((self.folder / "all_results.json").read_text())
 
 
-_ports = itertools.count(29710 + os.getpid() % 400 * 20)
+# Below the ports that the kernel gives out by itself.
+_ports = itertools.count(20000 + os.getpid() % 500 * 20)
 
 
 @pytest.fixture(scope="session")
