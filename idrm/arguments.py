@@ -261,9 +261,14 @@ class RunConfiguration:
     def training_arguments(self) -> RewardTrainingArguments:
         """Builds RewardTrainingArguments, and with them the process group and DeepSpeed's configuration."""
         try:
-            return RewardTrainingArguments(**self.training)
+            args = RewardTrainingArguments(**self.training)
         except (ValueError, TypeError) as error:
             raise InputError(f"training arguments: {' '.join(str(error).split())}") from error
+        if args.deepspeed and args.hf_deepspeed_config.mismatches:
+            # transformers would say so too, but only once it trains.
+            mismatches = "; ".join(mismatch.removeprefix("- ") for mismatch in args.hf_deepspeed_config.mismatches)
+            raise InputError(f'--deepspeed: contradicts the flags ({mismatches}); write "auto" there')
+        return args
 
 
 class _Parser(HfArgumentParser):

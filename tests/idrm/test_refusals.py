@@ -1,7 +1,11 @@
 """Bad input: one clear line on stderr, exit status 2, and nothing half-written."""
 
+import itertools
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, BertForSequenceClassification
@@ -147,3 +151,13 @@ def test_an_output_folder_that_is_a_file(refused, flags, tmp_path):
 
 def test_a_checkpoint_that_is_none(refused, tmp_path):
     assert "expected a folder with trainer_state.json" in refused(resume_from_checkpoint=tmp_path)
+
+
+def test_a_deepspeed_configuration_that_contradicts_the_flags(tmp_path, flags):
+    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 2}}')
+    flags |= {"deepspeed": tmp_path / "ds.json", "alpha": 0, "per_device_train_batch_size": 2}
+    script = [sys.executable, "idrm/train.py", *itertools.chain(*((f"--{name}", str(v)) for name, v in flags.items()))]
+    run = subprocess.run(script, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "error: --deepspeed: contradicts the flags (ds train_micro_batch_size_per_gpu=3 vs hf" in run.stderr
+    assert not flags["output_dir"].exists()
