@@ -152,7 +152,11 @@ def attention_map_rows(
             raise ValueError(f"rows: expected unit rows in [0, {layout.total_units}), got {row}")
     model = model.detach()
     problem = MapProblem(*_flat(model, model, layout, "l2", normalization, num_head_groups, 0))
-    side = problem.teacher if teacher_side else problem.student
+    side = problem.teacher  # with the position bias that the model may have
+    if not teacher_side:
+        side = side._replace(
+            unit_offsets=problem.student.unit_offsets, device_unit_offsets=problem.student.device_unit_offsets
+        )
     with torch.autocast(model.q.device.type, enabled=False):
         return [chunked.map_row(problem, side, row) for row in rows]
 

@@ -5,10 +5,10 @@ heads pass through in blocks. What a chunk contains follows from its example alo
 which only decides whether the student's probabilities are kept for the gradient or computed again: so the result does
 not depend on it, nor on the other examples of the batch, not in a bit.
 
-With t = TILE_ROWS, N the tokens of an example and H the heads of a group, the live memory beside the inputs and
-gradients is at most workspace_bytes for kept probabilities, two blocks of t x N for some of the heads (one head, or as
-many as fit in *_HEAD_BLOCK_BYTES), a few t x N tiles of averaged maps, two more a component of "frobenius", and buffers
-linear in the tokens of one example.
+With t = TILE_ROWS and N the tokens of an example, the live memory beside inputs, gradients and buffers linear in N is
+workspace_bytes at most where probabilities are kept; where they are not, two blocks of t x N for some of the heads (one
+head, or as many as fit in *_HEAD_BLOCK_BYTES) and AVERAGED_TILES tiles t x N, two more a component of "frobenius". In
+half precision the products are taken in float32, under torch's float32 matmul precision.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from idrm_kernels import reduction
 from idrm_kernels.impl.problem import Attention, LossOptions, LossOutput, MapProblem
 
 TILE_ROWS = 64
+# Rows x keys tiles without heads that are live at most: both models' U, their difference, its gradient, by unit and by
+# token, and what transposing them takes.
+AVERAGED_TILES = 10
 # One block of heads of a tile: near a core's second-level cache on a CPU, enough work per launch on an accelerator.
 CPU_HEAD_BLOCK_BYTES, ACCELERATOR_HEAD_BLOCK_BYTES = 1 << 20, 8 << 20
 
@@ -180,11 +183,12 @@ class Chunk:
 
     def __init__(self, problem: MapProblem, student: GroupAttention, teacher: Tensor, units: range, needs_grad: bool):
         rows = student.side.unit_offsets[units.stop] - student.side.unit_offsets[units.start]
-        tile_bytes = student.heads * rows * student.num_keys * student.dtype.itemsize
+        tiles = student.heads + 2 * student.block + AVERAGED_TILES
+        workspace = tiles * rows * student.num_keys * student.dtype.itemsize
         self.problem = problem
         self.student = student
         self.units = units
-        self.kept = deque() if needs_grad and tile_bytes <= problem.workspace_bytes else None
+        self.kept = deque() if needs_grad and workspace <= problem.workspace_bytes else None
         self.map = student.merged_rows(units, self.kept)
         self.teacher = teacher
 

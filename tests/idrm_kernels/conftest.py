@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from idrm_kernels import available_implementations
 
-@pytest.fixture(params=["reference", "torch"])
+
+@pytest.fixture(params=available_implementations())
 def impl(request):
     """Every implementation that can run here."""
     return request.param

@@ -43,3 +43,15 @@ def test_rows_carry_no_gradient():
     assert row.dtype == torch.float32
     half = dataclasses.replace(problem.student, q=problem.student.q.half(), k=problem.student.k.half())
     assert attention_map_rows(half, problem.layout, [0])[0].dtype == torch.float32
+
+
+def test_rows_of_either_side_keep_the_position_bias():
+    """Where a unit is a token the two sides have the same tokens, so the side makes no difference."""
+    problem = make_problem(Case(bias="both", dtype=torch.float64))
+    by_side = [
+        attention_map_rows(problem.teacher, problem.layout, [3, 15], teacher_side=side) for side in (False, True)
+    ]
+    plain = dataclasses.replace(problem.teacher, position_bias=None)
+    for own, teacher, without in zip(*by_side, attention_map_rows(plain, problem.layout, [3, 15]), strict=True):
+        assert torch.equal(own, teacher)
+        assert not torch.allclose(own, without)
