@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, config, load_dataset, load_from_disk
 
 from idrm.errors import InputError
 from idrm.preference.formats import convert_record, drop_reason
+
+# Otherwise `datasets` counts loads at a server, even of local files: nothing is sent where nothing remote is named.
+config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
