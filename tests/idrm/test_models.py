@@ -81,15 +81,19 @@ def test_a_classifier_of_several_labels_is_refused(tmp_path, student_path):
         load_student_config(ModelArguments(model_name_or_path=str(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [({"model_name_or_path": "./nowhere"}, r"--model_name_or_path \./nowhere: ")],
-)
-def test_what_is_not_there_is_one_line(arguments, message):
-    for loading in (load_student_config, load_student_tokenizer):
-        with pytest.raises(InputError, match=message) as refusal:
-            loading(ModelArguments(**arguments))
-        assert "\n" not in str(refusal.value)
+@pytest.mark.parametrize("loading", [load_student_config, load_student_tokenizer])
+def test_what_is_not_there_is_one_line(loading):
+    with pytest.raises(InputError, match=r"--model_name_or_path \./nowhere: ") as refusal:
+        loading(ModelArguments(model_name_or_path="./nowhere"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_half_a_weights_file_is_one_line(tmp_path, variant):
+    path = variant(pad_token="<|pad|>")
+    weights = tmp_path / "student" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match="--model_name_or_path"):
+        load(path)
 
 
 def test_an_unknown_attention_implementation_is_refused(student_path):
