@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = parse_arguments(argv)
         if config.is_embedded:
-            from idrm import embedded
+            from idrm.embedded import demonstration
 
-            embedded.run(config)
+            demonstration.run(config)
         else:
             train(config)
     except InputError as error:

@@ -1,5 +1,1 @@
 """The embedded demonstration: what `idrm train` runs when neither a model nor data is named."""
-
-from idrm.embedded.demonstration import run
-
-__all__ = ["run"]

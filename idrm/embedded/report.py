@@ -11,8 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from idrm.embedded.generator import read_data, surface_cue_accuracy
-from idrm.embedded.stages import EVALUATED_SPLITS, TRAIN_SAMPLE, finished_stages, write_atomically
-from idrm.embedded.teacher import METRICS_FILE
+from idrm.embedded.stages import (
+    EVALUATED_SPLITS,
+    TEACHER_METRICS_FILE,
+    TRAIN_SAMPLE,
+    finished_stages,
+    write_atomically,
+)
 
 RESULTS_FILE = "results.json"
 FIT_TEACHER_ACCURACY = 0.9
@@ -35,7 +40,7 @@ def collect(run_folder: Path) -> dict[str, Any]:
             name: {split: results.get(f"eval_{split}_{name}") for split in EVALUATED_SPLITS}
             for name in ("preference_loss", "interaction_loss", "interaction_ratio")
         }
-    teacher = json.loads((run_folder / "teacher" / METRICS_FILE).read_text(encoding="utf-8"))
+    teacher = json.loads((run_folder / "teacher" / TEACHER_METRICS_FILE).read_text(encoding="utf-8"))
     return {
         "teacher": {**teacher, "fit": teacher["dev_accuracy"] >= FIT_TEACHER_ACCURACY},
         "accuracy": accuracy,

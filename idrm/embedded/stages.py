@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from idrm.arguments import RUN_FILE
 from idrm.embedded.generator import CUE_SHARE_OF_SPLIT
 
 logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FINISHED_FILE = "finished_stages.json"
+TEACHER_METRICS_FILE = "nli_results.json"
 # Of the training pairs, evaluated like the other splits.
 TRAIN_SAMPLE = "train_sample"
 EVALUATED_SPLITS = ("train", *[split for split in CUE_SHARE_OF_SPLIT if split != "train"])
@@ -28,7 +28,7 @@ EVALUATED_SPLITS = ("train", *[split for split in CUE_SHARE_OF_SPLIT if split !=
 STUDENT_BATCH_SIZE = 32
 # What the students' commands say where the user does not: chosen for Bradley-Terry alone, shared by all of them.
 STUDENT_FLAGS: dict[str, Any] = {
-    "num_train_epochs": 5,
+    "num_train_epochs": 3,
     "learning_rate": 2e-3,
     "weight_decay": 0.0,
     "warmup_steps": 0.05,
@@ -99,7 +99,7 @@ def student_command(run_folder: Path, name: str, seed: int, given: dict[str, Any
     else:
         layers = {flag: given[flag] for flag in ("student_layers", "teacher_layers", "top_blocks") if flag in given}
         flags |= {"teacher_name_or_path": teacher, "alpha": given.get("alpha", 1.0), **(layers or INTERACTION_FLAGS)}
-    if (output_dir / RUN_FILE).exists():
+    if (output_dir / "run.yaml").exists():
         flags["resume_from_checkpoint"] = "true"
     return [sys.executable, str(REPOSITORY / "idrm" / "train.py"), *_as_tokens(flags)]
 
@@ -152,6 +152,8 @@ def _environment(stage_index: int) -> dict[str, str]:
     A rank may start a stage while another still leaves the one before: on the same port it would join that one.
     """
     environment = {**os.environ}
+    # Threads that spin while they wait make small operations hundreds of times slower where cores are shared.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -29,10 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BatchEncoding, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
 
 from idrm.embedded.generator import NLI_LABELS, read_data
+from idrm.embedded.stages import TEACHER_METRICS_FILE
 
 logger = logging.getLogger("idrm.embedded.teacher")
-
-METRICS_FILE = "nli_results.json"
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def train_and_save(data_folder: Path, output_dir: Path, seed: int, recipe: Recip
     """Trains on nli_train.jsonl, measures on nli_dev.jsonl, and saves the model into `output_dir`, whole or not at all.
 
     Returns:
-        What METRICS_FILE in `output_dir` says too: dev_accuracy, train_loss, steps, parameters.
+        What TEACHER_METRICS_FILE in `output_dir` says too: dev_accuracy, train_loss, steps, parameters.
     """
     records = read_data(data_folder / "nli_train.jsonl")
     set_seed(seed)
@@ -183,7 +182,7 @@ def train_and_save(data_folder: Path, output_dir: Path, seed: int, recipe: Recip
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+        (unfinished / TEACHER_METRICS_FILE).write_text(json.dumps(metrics, indent=2), encoding="utf-8")
         os.replace(unfinished, output_dir)
         logger.info("teacher: NLI dev accuracy %.3f, saved to %s", dev_accuracy, output_dir)
     return metrics

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from idrm import embedded
 from idrm.arguments import parse_arguments
 from idrm.embedded import demonstration, student
 from idrm.embedded.demonstration import DEMONSTRATION_FILE, save_uniform_teacher
@@ -26,7 +25,7 @@ def stages_seen(monkeypatch):
 
 
 def run(folder, *flags: str):
-    embedded.run(parse_arguments(["--output_dir", str(folder), *flags]))
+    demonstration.run(parse_arguments(["--output_dir", str(folder), *flags]))
 
 
 def test_one_seed_runs_in_the_output_folder_itself(tmp_path, stages_seen):

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from idrm.capture import Teacher
 from idrm.embedded.generator import NLI_LABELS, VALUES_OF_KEY, Sizes, write_data
-from idrm.embedded.teacher import METRICS_FILE, Recipe, encode, make_model, train, train_and_save, train_tokenizer
+from idrm.embedded.stages import TEACHER_METRICS_FILE
+from idrm.embedded.teacher import Recipe, encode, make_model, train, train_and_save, train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SMALL = Recipe(hidden_size=32, num_heads=2, batch_size=16, max_steps=4, report_every=2)
@@ -37,7 +38,7 @@ def test_it_is_saved_whole_with_its_labels_and_metrics(saved):
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert [model.config.id2label[index] for index in range(3)] == list(NLI_LABELS)
     assert AutoTokenizer.from_pretrained(folder).is_fast
-    assert json.loads((folder / METRICS_FILE).read_text()) == metrics
+    assert json.loads((folder / TEACHER_METRICS_FILE).read_text()) == metrics
     assert [path.name for path in folder.parent.iterdir()] == ["teacher"]
 
 
