@@ -21,8 +21,8 @@ from idrm.embedded.stages import (
 
 RESULTS_FILE = "results.json"
 FIT_TEACHER_ACCURACY = 0.9
-CUE = "surface cue only"
-NAME_OF_MODEL = {"bt": "Bradley-Terry", "idrm": "Id-RM", "control": "control: uniform maps"}
+CUE = "surface cue"
+NAME_OF_MODEL = {"bt": "Bradley-Terry", "idrm": "Id-RM", "control": "uniform maps"}
 TAUGHT_MODELS = ("idrm",)
 
 
@@ -81,7 +81,8 @@ def _accuracy_table(results: list[dict[str, Any]], unfit: bool) -> Table:
     table = Table(title=f"Pairwise accuracy, {_seeds(results)}")
     table.add_column("")
     for split in EVALUATED_SPLITS:
-        table.add_column(split.replace("_", " "), justify="right")
+        heading = "train\nsample" if split == "train" else split.replace("_", " ").replace(" dist", "\ndist")
+        table.add_column(heading, justify="right")
     for model in results[0]["accuracy"]:
         cells = [
             _summary([result["accuracy"][model][split] for result in results], "{:.1%}") for split in EVALUATED_SPLITS
@@ -93,13 +94,14 @@ def _accuracy_table(results: list[dict[str, Any]], unfit: bool) -> Table:
 def _loss_table(results: list[dict[str, Any]], unfit: bool) -> Table:
     table = Table(title=f"Losses and interaction ratio (1: a uniform map), {_seeds(results)}")
     table.add_column("")
-    columns = [
-        (name, split)
-        for name in ("preference_loss", "interaction_loss", "interaction_ratio")
-        for split in ("in_distribution", "out_of_distribution")
-    ]
-    for name, split in columns:
-        table.add_column(f"{name.replace('_', ' ')}\n{split.replace('_', ' ')}", justify="right")
+    columns = {
+        ("preference_loss", "in_distribution"): "preference\nin distr.",
+        ("preference_loss", "out_of_distribution"): "preference\nout of distr.",
+        ("interaction_loss", "in_distribution"): "interaction\nin distr.",
+        ("interaction_ratio", "in_distribution"): "ratio\nin distr.",
+    }
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
     for model in results[0]["measured"]:
         cells = [
             _summary([result["measured"][model][name][split] for result in results], "{:.3f}")
@@ -119,12 +121,12 @@ def _name(model: str, unfit: bool) -> str:
 
 
 def _seeds(results: list[dict[str, Any]]) -> str:
-    return "one seed" if len(results) == 1 else f"mean of {len(results)} seeds (lowest to highest)"
+    return "one seed" if len(results) == 1 else f"mean and range of {len(results)} seeds"
 
 
 def _summary(values: list[float | None], form: str) -> str:
-    """One value, or the mean of several and their range; a dash where nothing was measured."""
+    """One value, or the mean of several with their range below; a dash where nothing was measured."""
     if any(value is None for value in values):
         return "-"
     mean = form.format(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+    return mean if len(values) == 1 else f"{mean}\n{form.format(min(values))} to {form.format(max(values))}"

@@ -28,7 +28,7 @@ EVALUATED_SPLITS = ("train", *[split for split in CUE_SHARE_OF_SPLIT if split !=
 STUDENT_BATCH_SIZE = 32
 # What the students' commands say where the user does not: chosen for Bradley-Terry alone, shared by all of them.
 STUDENT_FLAGS: dict[str, Any] = {
-    "num_train_epochs": 3,
+    "num_train_epochs": 4,
     "learning_rate": 2e-3,
     "weight_decay": 0.0,
     "warmup_steps": 0.05,
