@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -22,6 +23,8 @@ _NOT_RECORDED = (
     *("config", "local_rank", "resume_from_checkpoint", "hub_token"),
     *("embedded_seeds", "embedded_control"),
 )
+# transformers' arguments that would do nothing here, or leave evaluation without its metrics.
+_INAPPLICABLE = ("label_smoothing_factor", "prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches")
 
 
 @dataclass
@@ -221,6 +224,8 @@ class RewardTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("interaction_ratio"):
+            self.greater_is_better = False  # transformers knows this only of names that end with "loss"
         super().__post_init__()
         self.label_names = []
         self.remove_unused_columns = False
@@ -303,9 +308,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfiguration:
     model, data, interaction, embedded = (
         kind(**_fields_of(kind, values)) for kind in (*_OWN_ARGUMENTS, EmbeddedArguments)
     )
-    _check(model, data, interaction, values)
-    _check_embedded(model, data, embedded, given)
     own, defaults = own_argument_names(), vars(parser.parse_args([]))
+    _check(model, data, interaction, values, defaults)
+    _check_embedded(model, data, embedded, given)
     recorded = {
         name: value
         for name, value in values.items()
@@ -373,7 +378,13 @@ def _yaml_tokens(path: str, parser: _Parser) -> list[str]:
     return tokens
 
 
-def _check(model: ModelArguments, data: DataArguments, interaction: InteractionArguments, values: dict[str, Any]):
+def _check(
+    model: ModelArguments,
+    data: DataArguments,
+    interaction: InteractionArguments,
+    values: dict[str, Any],
+    defaults: dict[str, Any],
+):
     """What can be told from the arguments alone."""
     if data.dataset_name is not None and model.model_name_or_path is None:
         raise InputError(f"--dataset_name {data.dataset_name} needs a model to train: give --model_name_or_path")
@@ -389,9 +400,17 @@ def _check(model: ModelArguments, data: DataArguments, interaction: InteractionA
         ("max_length", data.max_length, 8),
         ("teacher_max_length", data.teacher_max_length, 8),
         ("dataset_num_proc", data.dataset_num_proc, 1),
+        ("per_device_train_batch_size", values["per_device_train_batch_size"], 1),
+        ("per_device_eval_batch_size", values["per_device_eval_batch_size"], 1),
+        ("gradient_accumulation_steps", values["gradient_accumulation_steps"], 1),
     ):
-        if value is not None and not value >= lowest:
+        if value is not None and not lowest <= value < math.inf:
             raise InputError(f"--{flag}: expected at least {lowest}, got {value}")
+    for flag in _INAPPLICABLE:
+        if values[flag] != defaults[flag]:
+            raise InputError(f"--{flag}: is not for preference pairs; leave it out")
+    if interaction.alpha > 0 and interaction.intra_weight == interaction.inter_weight == 0:
+        raise InputError("--intra_weight and --inter_weight are both 0: no map counts; give --alpha 0 instead")
     if interaction.top_blocks and (interaction.student_layers or interaction.teacher_layers):
         raise InputError(
             "--top_blocks and --student_layers/--teacher_layers say the same thing twice: give one of them"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -22,7 +19,8 @@ from transformers import (
 
 from idrm.alignment import frozen_chat_template
 from idrm.arguments import ModelArguments
-from idrm.errors import InputError
+from idrm.capture.teacher import FAMILIES
+from idrm.errors import InputError, refusals, require_folder
 
 logger = logging.getLogger(__name__)
 
@@ -31,26 +29,21 @@ ADDED_PAD_TOKEN = "<|pad|>"
 RESERVED_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
 
 
-@contextlib.contextmanager
-def naming(flag: str, value: str) -> Iterator[None]:
-    """Turns what transformers raises about a folder or hub name into one line that names the flag."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise InputError(f"{flag} {value}: {' '.join(str(error).split())}") from error
-
-
 def load_student_config(arguments: ModelArguments) -> PreTrainedConfig:
     """The student's configuration, set up for one reward.
 
     Raises:
-        InputError: nothing loadable there, or a classifier of several labels.
+        InputError: nothing loadable there, an encoder, or a classifier of several labels.
     """
     name = arguments.model_name_or_path
-    with naming("--model_name_or_path", name):
+    require_folder(f"--model_name_or_path {name}", name)
+    with refusals(f"--model_name_or_path {name}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+    if any(config.model_type in family.model_types for family in FAMILIES):
+        raise InputError(
+            f"--model_name_or_path {name}: is an encoder ({config.model_type}); the student is a decoder, and an "
+            "encoder its teacher"
+        )
     is_classifier = any("ForSequenceClassification" in architecture for architecture in config.architectures or ())
     if is_classifier and config.num_labels != 1:
         raise InputError(
@@ -70,7 +63,7 @@ def load_student_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase
         InputError: nothing loadable there, a slow tokenizer, or a pad token that is the EOS token.
     """
     name = arguments.model_name_or_path
-    with naming("--model_name_or_path", name):
+    with refusals(f"--model_name_or_path {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
     if not tokenizer.is_fast:
         raise InputError(f"--model_name_or_path {name}: has no fast tokenizer (tokenizer.json), which gives offsets")
@@ -107,7 +100,7 @@ def load_student(
     Raises:
         InputError: weights that cannot be loaded, or an attention implementation that transformers does not know.
     """
-    with naming("--model_name_or_path", arguments.model_name_or_path):
+    with refusals(f"--model_name_or_path {arguments.model_name_or_path}"):
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             arguments.model_name_or_path,
             config=config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,15 @@ def resume_checkpoint(config: RunConfiguration) -> Path | None:
     is passed over.
 
     Raises:
-        InputError: the folder holds another run, or a run that --resume_from_checkpoint was not given for, or the
-            checkpoint named is none.
+        InputError: the folder cannot be written to, or holds another run, or a run that --resume_from_checkpoint was
+            not given for, or the checkpoint named is none.
     """
     folder = config.output_dir
     wanted = config.training["resume_from_checkpoint"]
     resumes = wanted is not None and wanted.lower() != "false"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: is a file; expected a folder")
+    _require_writable(folder)
     if (folder / RUN_FILE).exists():
         if not resumes:
             raise InputError(
@@ -64,6 +66,15 @@ def write_run_file(config: RunConfiguration) -> None:
     temporary = config.output_dir / f".{RUN_FILE}-{os.getpid()}"
     temporary.write_text(yaml.safe_dump(config.recorded, sort_keys=True, allow_unicode=True), encoding="utf-8")
     os.replace(temporary, config.output_dir / RUN_FILE)
+
+
+def _require_writable(folder: Path) -> None:
+    """Writes a file without a name where the folder is or would be made, rather than fail once all is loaded."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from error
 
 
 def _require_same_run(path: Path, config: RunConfiguration) -> None:

@@ -24,6 +24,7 @@ if __package__ in (None, ""):
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from idrm.alignment import PairEncoder, encode_preferences
 from idrm.arguments import (
@@ -86,6 +87,9 @@ def train(config: RunConfiguration) -> None:
             f"one process sees {args.n_gpu} devices: start one for each (deepspeed idrm/train.py --deepspeed "
             "ds_zero3.json ...), or show it one with CUDA_VISIBLE_DEVICES"
         )
+    missing = sorted(set(args.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise InputError(f"--report_to {missing[0]}: is not installed here, or no tracker that transformers knows")
     set_seed(args.seed)
 
     teacher = _load_teacher(config, args) if config.interaction.alpha > 0 else None
@@ -105,6 +109,10 @@ def train(config: RunConfiguration) -> None:
         name: _encoded_pairs(config, args, encoder, source, config.data.eval_dataset_split)
         for name, source in eval_sources.items()
     }
+
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train_set) < batch:
+        raise InputError(f"--dataloader_drop_last: {len(train_set)} pairs make no batch of {batch}, and no step")
 
     trainer = RewardTrainer(
         load_student(config.model, student_config, tokenizer),

@@ -23,7 +23,7 @@ from transformers.integrations import deepspeed as deepspeed_integration
 from idrm.capture.bert import BertFamily
 from idrm.capture.deberta import DebertaFamily
 from idrm.capture.layers import resolve_layers
-from idrm.errors import InputError
+from idrm.errors import InputError, refusals, require_folder
 from idrm_kernels import PackedAttention
 
 if TYPE_CHECKING:
@@ -112,10 +112,11 @@ class Teacher:
         Raises InputError for a checkpoint that cannot be read, a family without support, a slow tokenizer or a layer
         beyond the depth; warns if the checkpoint is no NLI classifier.
         """
-        with _refusals(f"teacher {name_or_path!r}: cannot load the configuration"):
+        require_folder(f"teacher {name_or_path!r}", name_or_path)
+        with refusals(f"teacher {name_or_path!r}: cannot load the configuration"):
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         family = _family_of(config, f"teacher {name_or_path!r}")
-        with _refusals(f"teacher {name_or_path!r}: cannot load a fast tokenizer"):
+        with refusals(f"teacher {name_or_path!r}: cannot load a fast tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, use_fast=True, trust_remote_code=False)
         if not tokenizer.is_fast:
             raise InputError(
@@ -129,7 +130,7 @@ class Teacher:
         if attn_implementation is not None:
             arguments["attn_implementation"] = attn_implementation
         with (
-            _refusals(f"teacher {name_or_path!r}: cannot load the model from safetensors weights"),
+            refusals(f"teacher {name_or_path!r}: cannot load the model from safetensors weights"),
             _whole(),
             _without_load_report(),
         ):
@@ -202,15 +203,6 @@ def _family_of(config: PretrainedConfig, whose: str) -> type[TeacherFamily]:
 def _is_nli_classifier(config: PretrainedConfig) -> bool:
     classifies = any("ForSequenceClassification" in name for name in config.architectures or ())
     return classifies and any("entail" in str(label).lower() for label in config.id2label.values())
-
-
-@contextlib.contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    """Turns what transformers raises for a bad checkpoint into one line."""
-    try:
-        yield
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 @contextlib.contextmanager

@@ -95,6 +95,11 @@ def test_what_is_recorded_reads_back_as_the_same_run(write_yaml):
         (["--model_name_or_path", "x", "--dataset_name", "y"], "--alpha 1 needs a teacher"),
         ([*RUN, "--alpha", "-1"], "--alpha: expected at least 0.0, got -1.0"),
         ([*RUN, "--alpha", "nan"], "--alpha: expected at least 0.0, got nan"),
+        ([*RUN, "--alpha", "inf"], "--alpha: expected at least 0.0, got inf"),
+        ([*RUN, "--per_device_train_batch_size", "0"], "--per_device_train_batch_size: expected at least 1, got 0"),
+        ([*RUN, "--intra_weight", "0", "--inter_weight", "0"], "are both 0"),
+        ([*RUN, "--label_smoothing_factor", "0.1"], "--label_smoothing_factor: is not for preference pairs"),
+        ([*RUN, "--prediction_loss_only", "true"], "--prediction_loss_only: is not for preference pairs"),
         ([*RUN, "--max_length", "0"], "--max_length: expected at least 8, got 0"),
         ([*RUN, "--max_length", "long"], "argument --max_length/--max-length: invalid int value: 'long'"),
         ([*RUN, "--num_head_groups", "0"], "--num_head_groups: expected at least 1, got 0"),
@@ -142,6 +147,15 @@ def test_training_arguments_suit_preference_pairs():
     assert args.remove_unused_columns is False
     assert args.label_names == []
     assert args.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater_is_better"),
+    [("eval_near_interaction_ratio", False), ("eval_preference_loss", False), ("eval_accuracy", True)],
+)
+def test_the_best_model_is_the_one_with_less_of_what_should_fall(metric, greater_is_better):
+    args = parse_arguments([*RUN, "--use_cpu", "true", "--metric_for_best_model", metric]).training_arguments()
+    assert args.greater_is_better is greater_is_better
 
 
 def test_training_arguments_that_contradict_one_another_are_bad_input():

@@ -161,3 +161,35 @@ def test_a_deepspeed_configuration_that_contradicts_the_flags(tmp_path, flags):
     assert run.returncode == 2
     assert "error: --deepspeed: contradicts the flags (ds train_micro_batch_size_per_gpu=3 vs hf" in run.stderr
     assert not flags["output_dir"].exists()
+
+
+def test_an_output_folder_that_cannot_be_made(refused, flags, pairs_path):
+    assert "cannot be written to" in refused(output_dir=pairs_path / "below" / "a file")
+
+
+def test_models_that_are_not_there(refused):
+    assert "--model_name_or_path ./nowhere: no such folder" in refused(model_name_or_path="./nowhere")
+    assert "teacher '/no/where': no such folder" in refused(teacher_name_or_path="/no/where")
+
+
+def test_a_student_that_is_an_encoder(refused, teacher_path):
+    assert "is an encoder (bert)" in refused(model_name_or_path=teacher_path)
+
+
+@pytest.mark.parametrize("whose", ["model", "teacher"])
+def test_files_of_a_model_that_are_broken(refused, tmp_path, flags, whose):
+    name = f"{whose}_name_or_path"
+    for file, size in (("tokenizer.json", 2), ("config.json", 1), ("model.safetensors", 1000)):
+        shutil.copytree(flags[name], tmp_path / file)
+        content = (tmp_path / file / file).read_bytes()
+        (tmp_path / file / file).write_bytes(b"{}" if size == 2 else content[:size])
+        assert str(tmp_path / file) in refused(**{name: tmp_path / file})
+
+
+def test_a_tracker_that_is_not_there(refused):
+    assert "--report_to no_such_tracker" in refused(report_to="no_such_tracker")
+
+
+def test_fewer_pairs_than_the_one_batch_that_is_not_dropped(refused):
+    line = refused(dataloader_drop_last="true", per_device_train_batch_size=64)
+    assert "48 pairs make no batch of 64" in line
