@@ -139,7 +139,7 @@ def save_reward_model(
 
     Files are written to a folder of their own and renamed, config.json last: without it nothing loads.
     """
-    written = folder / f".saving-{os.getpid()}"
+    written = folder / ".saving"  # one name, so that what a killed run left goes with the next save
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
     model.save_pretrained(written, state_dict=state_dict)

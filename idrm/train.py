@@ -51,7 +51,7 @@ DEFAULT_TEACHER_MAX_LENGTH = 512
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what the command line asks for; bad input is one line on stderr and exit status 2."""
+    """Runs what the command line asks for; bad input and an interruption are one line on stderr, status 2 and 130."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("idrm").setLevel(logging.INFO if _is_local_main() else logging.ERROR)
     try:
@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             # The launcher ends all processes with the first that fails: the one that speaks must come first.
             time.sleep(5)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if _is_local_main():
+            print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def train(config: RunConfiguration) -> None:

@@ -113,6 +113,8 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path, variant):
 def test_saving_gives_a_model_that_loads_by_itself(tmp_path, student_path):
     model, tokenizer = load(str(student_path))
     folder = tmp_path / "saved"
+    (folder / ".saving").mkdir(parents=True)
+    (folder / ".saving" / "left by a killed run").touch()
     for _ in range(2):  # over an earlier save too
         save_reward_model(model, tokenizer, folder)
         assert not list(folder.glob(".saving*"))

@@ -193,3 +193,14 @@ def test_a_tracker_that_is_not_there(refused):
 def test_fewer_pairs_than_the_one_batch_that_is_not_dropped(refused):
     line = refused(dataloader_drop_last="true", per_device_train_batch_size=64)
     assert "48 pairs make no batch of 64" in line
+
+
+def test_an_interrupted_run_shows_no_traceback(flags, monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("idrm.train.train", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main([token for name, value in flags.items() for token in (f"--{name}", str(value))])
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
