@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -328,13 +329,15 @@ def own_argument_names() -> list[str]:
 def named_evaluation_sets(names: Sequence[str] | None) -> dict[str, str]:
     """Splits name=path entries into {name: path}; one entry without a name has the name ''.
 
+    A name is what can stand in that of a metric and of a file: letters, digits, "_", "." and "-".
+
     Raises:
         InputError: several sets of which one has no name or the same name as another.
     """
     named = {}
     for entry in names or ():
         name, separator, path = entry.partition("=")
-        if not separator or os.path.exists(entry):
+        if not separator or not re.fullmatch(r"[\w.-]+", name) or os.path.exists(entry):
             name, path = "", entry
         if name in named or (not name and len(names) > 1):
             raise InputError(

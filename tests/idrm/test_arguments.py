@@ -45,6 +45,11 @@ def test_a_yaml_file_names_evaluation_sets_by_a_mapping(write_yaml):
     assert config.training["seed"] == 42
 
 
+def test_a_path_with_an_equals_sign_is_no_name():
+    assert named_evaluation_sets(["runs/lr=1/x.jsonl"]) == {"": "runs/lr=1/x.jsonl"}
+    assert named_evaluation_sets(["near=runs/lr=1/x.jsonl"]) == {"near": "runs/lr=1/x.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
