@@ -83,8 +83,8 @@ class AttentionRecorder:
             implementation = self._config.get_text_config()._attn_implementation
             raise InputError(
                 f"{self._owner}: no query and key seen in layers {missing} under attention implementation "
-                f"{implementation!r}: expected a forward pass of this very model (no replica of it) through "
-                "transformers' attention interface"
+                f"{implementation!r}: expected a model that transformers' attention interface serves (GPT-J, BLOOM and "
+                "MPT are not), and a forward pass of this very model, no replica of it"
             )
 
     def take(self) -> dict[int, CapturedBlock]:
