@@ -412,6 +412,8 @@ def _check(
     for flag in _INAPPLICABLE:
         if values[flag] != defaults[flag]:
             raise InputError(f"--{flag}: is not for preference pairs; leave it out")
+    if values["fsdp"]:
+        raise InputError("--fsdp: is not there yet; give --deepspeed ds_zero3.json")
     if interaction.alpha > 0 and interaction.intra_weight == interaction.inter_weight == 0:
         raise InputError("--intra_weight and --inter_weight are both 0: no map counts; give --alpha 0 instead")
     if interaction.top_blocks and (interaction.student_layers or interaction.teacher_layers):

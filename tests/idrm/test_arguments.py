@@ -104,6 +104,7 @@ def test_what_is_recorded_reads_back_as_the_same_run(write_yaml):
         ([*RUN, "--per_device_train_batch_size", "0"], "--per_device_train_batch_size: expected at least 1, got 0"),
         ([*RUN, "--intra_weight", "0", "--inter_weight", "0"], "are both 0"),
         ([*RUN, "--label_smoothing_factor", "0.1"], "--label_smoothing_factor: is not for preference pairs"),
+        ([*RUN, "--fsdp", "full_shard"], "--fsdp: is not there yet"),
         ([*RUN, "--prediction_loss_only", "true"], "--prediction_loss_only: is not for preference pairs"),
         ([*RUN, "--max_length", "0"], "--max_length: expected at least 8, got 0"),
         ([*RUN, "--max_length", "long"], "argument --max_length/--max-length: invalid int value: 'long'"),
