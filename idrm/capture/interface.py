@@ -92,6 +92,7 @@ class AttentionRecorder:
         blocks, self._blocks = self._blocks, {}
         return blocks
 
+    @torch.compiler.disable  # compiled code cannot ask for the graph task, and may lose the block
     def observe(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float | None) -> None:
         """Keeps query and key if the module is watched and this is no recomputation in a backward pass."""
         layer = self._layers.get(module)

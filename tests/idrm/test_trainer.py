@@ -234,6 +234,11 @@ def test_activation_checkpointing_changes_nothing(make_trainer):
     assert checkpointed.model.is_gradient_checkpointing
 
 
+def test_compiling_the_student_changes_nothing(make_trainer):
+    compiled = training_records(make_trainer(max_steps=3, torch_compile=True, torch_compile_backend="aot_eager"))
+    same(compiled, training_records(make_trainer(max_steps=3)))
+
+
 def test_padding_on_the_left_changes_nothing(make_trainer):
     right = training_records(make_trainer(max_steps=3))
     left = training_records(make_trainer(max_steps=3, padding_side="left"))
