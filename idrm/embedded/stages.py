@@ -25,15 +25,15 @@ TEACHER_METRICS_FILE = "nli_results.json"
 TRAIN_SAMPLE = "train_sample"
 EVALUATED_SPLITS = ("train", *[split for split in CUE_SHARE_OF_SPLIT if split != "train"])
 
-STUDENT_BATCH_SIZE = 32
-# What the students' commands say where the user does not: chosen for Bradley-Terry alone, shared by all of them.
+STUDENT_BATCH_SIZE = 16
+# What the commands of all students say alike where the user does not.
 STUDENT_FLAGS: dict[str, Any] = {
-    "num_train_epochs": 4,
-    "learning_rate": 2e-3,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-3,
     "weight_decay": 0.0,
     "warmup_steps": 0.05,
     "per_device_eval_batch_size": 100,
-    "logging_steps": 64,
+    "logging_steps": 48,
     "save_strategy": "epoch",
     "save_total_limit": 1,
 }
