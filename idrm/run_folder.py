@@ -88,3 +88,10 @@ def _require_same_run(path: Path, config: RunConfiguration) -> None:
                 f"--output_dir {config.output_dir}: holds another run, with {name} {before.get(name)!r} and not "
                 f"{config.recorded[name]!r}; give another folder"
             )
+    changed = sorted(
+        name
+        for name in (before.keys() | config.recorded.keys()) - set(own_argument_names())
+        if before.get(name) != config.recorded.get(name)
+    )
+    if changed:
+        logger.warning("Resumed with other values than the run began with: %s.", ", ".join(changed))

@@ -1,0 +1,19 @@
+"""What a resumed run is told about its folder."""
+
+import logging
+
+from idrm.arguments import parse_arguments
+from idrm.run_folder import resume_checkpoint, write_run_file
+
+
+def test_a_resumed_run_says_which_of_its_values_are_others_now(tmp_path, caplog):
+    flags = ["--model_name_or_path", "m", "--teacher_name_or_path", "t", "--dataset_name", "pairs.jsonl"]
+    flags += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    write_run_file(parse_arguments([*flags, "--learning_rate", "1e-4", "--seed", "3"]))
+    with caplog.at_level(logging.WARNING, logger="idrm"):
+        same = parse_arguments([*flags, "--learning_rate", "1e-4", "--seed", "3", "--resume_from_checkpoint"])
+        assert resume_checkpoint(same) is None
+        assert not caplog.messages
+        changed = parse_arguments([*flags, "--learning_rate", "2e-4", "--resume_from_checkpoint"])
+        assert resume_checkpoint(changed) is None
+    assert caplog.messages == ["Resumed with other values than the run began with: learning_rate, seed."]
