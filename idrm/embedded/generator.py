@@ -94,7 +94,7 @@ class Prompt:
 class Sizes:
     """How many records the generator draws."""
 
-    train: int = 6144
+    train: int = 4480
     evaluation: int = 400
     nli_train: int = 24576
     nli_dev: int = 999

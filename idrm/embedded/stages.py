@@ -33,7 +33,7 @@ STUDENT_FLAGS: dict[str, Any] = {
     "weight_decay": 0.0,
     "warmup_steps": 0.05,
     "per_device_eval_batch_size": 100,
-    "logging_steps": 48,
+    "logging_steps": 40,
     "save_strategy": "epoch",
     "save_total_limit": 1,
 }
