@@ -13,28 +13,28 @@ REDUCTIONS = ("frobenius", "row", "row_sq")
 
 
 def block_loss(reduction: str, distances: Tensor, weights: Tensor) -> Tensor:
-    """The loss of one block: a scalar from its row distances (rows,) and row weights (rows,)."""
+    """The losses of blocks with the same rows: (...) from distances (rows, ...) and weights that broadcast to them."""
     if reduction == "frobenius":
-        return (weights * distances).sum().sqrt()
+        return (weights * distances).sum(0).sqrt()
     rows = distances.sqrt() if reduction == "row" else distances
-    total = weights.sum()
-    return torch.where(total > 0, (weights * rows).sum() / total, 0.0)
+    total = weights.sum(0)
+    return torch.where(total > 0, (weights * rows).sum(0) / total, 0.0)
 
 
 def row_coefficients(reduction: str, distances: Tensor, weights: Tensor, total_weight: Tensor) -> Tensor:
-    """d block_loss / d distances for some rows (rows,) of a block whose weights sum to total_weight.
+    """d block_loss / d distances (rows, ...) for some rows of blocks whose weights sum to total_weight.
 
     For "frobenius" only the part that is known before the block's sum is; ``block_factor`` is the other.
     """
     if reduction == "frobenius":
-        return weights
+        return weights.expand_as(distances)
     if reduction == "row":
         weights = torch.where(distances > 0, 0.5 * weights * distances.rsqrt(), 0.0)
-    return torch.where(total_weight > 0, weights / total_weight, 0.0)
+    return torch.where(total_weight > 0, weights / total_weight, 0.0).expand_as(distances)
 
 
 def block_factor(reduction: str, loss: Tensor) -> Tensor:
-    """What the gradient of a whole block is still to be multiplied with once its loss is known: a scalar."""
+    """What the gradient of a whole block is still to be multiplied with once its loss is known, one value a loss."""
     if reduction == "frobenius":
         return torch.where(loss > 0, 0.5 / loss, 0.0)
     return torch.ones_like(loss)

@@ -14,6 +14,7 @@ half precision the products are taken in float32, under torch's float32 matmul p
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -78,31 +79,41 @@ class UnitRuns(NamedTuple):
 
 
 class GroupAttention:
-    """The queries and keys of one head group on one support: the keys that a softmax runs over.
+    """The queries and keys of one example and head group on one side.
 
     Attributes:
         heads: number of query heads in the group.
-        num_keys: tokens of the support.
+        num_keys: tokens of the example.
+        segment_keys: the tokens of every segment, counted within the example.
+        supports: the keys that a softmax runs over: all of them, or those of each segment that has any.
         k: (heads, num_keys, head_dim) in the compute dtype, keys repeated for the query heads that share them.
     """
 
-    def __init__(self, side: Attention, group: int, num_head_groups: int, units: range, dtype: torch.dtype):
+    def __init__(self, problem: MapProblem, side: Attention, example: int, group: int):
+        segments = problem.example_segments(example)
+        units = range(segments[0].start, segments[-1].stop)
         num_heads = side.q.shape[1]
         self.side = side
-        self.dtype = dtype
-        self.heads = num_heads // num_head_groups
+        self.dtype = problem.dtype
+        self.heads = num_heads // problem.num_head_groups
         self.first_head = group * self.heads
         self.first_key, self.last_key = side.unit_offsets[units.start], side.unit_offsets[units.stop]
         self.num_keys = self.last_key - self.first_key
+        starts = [side.unit_offsets[segment.start] - self.first_key for segment in segments] + [self.num_keys]
+        self.segment_keys = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+        if problem.normalization == "joint":
+            self.supports = [slice(0, self.num_keys)]
+        else:
+            self.supports = [keys for keys in self.segment_keys if keys.start < keys.stop]
         shared = num_heads // side.k.shape[1]
         self.kv_heads = [head // shared for head in range(self.first_head, self.first_head + self.heads)]
-        k = side.k[self.first_key : self.last_key, self.kv_heads[0] : self.kv_heads[-1] + 1].to(dtype)
+        k = side.k[self.first_key : self.last_key, self.kv_heads[0] : self.kv_heads[-1] + 1].to(self.dtype)
         k = k.repeat_interleave(shared, dim=1)[:, self.first_head % shared :][:, : self.heads]
         self.k = k.transpose(0, 1).contiguous()
         self.key_runs = UnitRuns.of(side, units)
         on_cpu = side.q.device.type == "cpu"
         block_bytes = CPU_HEAD_BLOCK_BYTES if on_cpu else ACCELERATOR_HEAD_BLOCK_BYTES
-        head_bytes = TILE_ROWS * max(self.num_keys, 1) * dtype.itemsize
+        head_bytes = TILE_ROWS * self.num_keys * self.dtype.itemsize
         self.block = max(1, min(self.heads, block_bytes // head_bytes))
 
     def head_blocks(self) -> Iterator[slice]:
@@ -117,7 +128,7 @@ class GroupAttention:
         return q.to(self.dtype).transpose(0, 1).contiguous()
 
     def probabilities(self, rows: range, heads: slice) -> Tensor:
-        """Softmax over the support: (heads of the block, rows, num_keys)."""
+        """Softmax over each support: (heads of the block, rows, num_keys)."""
         scores = torch.bmm(self.queries(rows, heads), self.k[heads].transpose(1, 2)).mul_(self.side.softmax_scale)
         if self.side.positions is not None:
             self.add_position_bias(scores, rows, heads)
@@ -125,8 +136,11 @@ class GroupAttention:
             keys = torch.arange(self.first_key, self.last_key, device=scores.device)
             queries = torch.arange(rows.start, rows.stop, device=scores.device)
             scores.masked_fill_(keys > queries[:, None], -torch.inf)
-        scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-        return scores.div_(scores.sum(-1, keepdim=True))
+        for support in self.supports:
+            part = scores[..., support]
+            part.sub_(part.amax(-1, keepdim=True)).exp_()
+            part.div_(part.sum(-1, keepdim=True))
+        return scores
 
     def add_position_bias(self, scores: Tensor, rows: range, heads: slice) -> None:
         """Adds c2p and p2c of DESIGN section 2.2."""
@@ -145,7 +159,7 @@ class GroupAttention:
             scores.add_(table.gather(2, by_key).transpose(1, 2))
 
     def merged_rows(self, units: range, kept: deque[Tensor] | None = None) -> Tensor:
-        """U (units, units of the support): heads averaged, keys of a unit summed, rows of a unit averaged.
+        """U (units, units of the example): heads averaged, keys of a unit summed, rows of a unit averaged.
 
         Probabilities are appended to ``kept``, piece by piece and block by block, where one is given.
         """
@@ -162,7 +176,7 @@ class GroupAttention:
         return torch.cat(merged)
 
     def token_rows(self, rows: range, kept: deque[Tensor] | None) -> Tensor:
-        """The head-averaged map of some tokens, keys of a unit summed (rows, units of the support)."""
+        """The head-averaged map of some tokens, keys of a unit summed (rows, units of the example)."""
         total = self.k.new_zeros(len(rows), self.num_keys)
         for heads in self.head_blocks():
             block = self.probabilities(rows, heads)
@@ -178,8 +192,22 @@ class GroupAttention:
             yield range(start, min(start + TILE_ROWS, last))
 
 
+class Component(NamedTuple):
+    """A part of a block's gradient that is to be multiplied with a factor of its own.
+
+    Attributes:
+        maps: the keys whose probabilities it differentiates by; the derivative is 0 elsewhere.
+        scores: the keys whose scores it reaches, through the softmax.
+        supports: those of the softmax, counted from the first of ``scores``.
+    """
+
+    maps: slice
+    scores: slice
+    supports: list[slice]
+
+
 class Chunk:
-    """Some unit rows against one support: their distances, and what their gradient needs."""
+    """Some unit rows against all units of their example: their distances, and what their gradient needs."""
 
     def __init__(self, problem: MapProblem, student: GroupAttention, teacher: Tensor, units: range, needs_grad: bool):
         rows = student.side.unit_offsets[units.stop] - student.side.unit_offsets[units.start]
@@ -193,7 +221,7 @@ class Chunk:
         self.teacher = teacher
 
     def distances(self, columns: list[slice]) -> Tensor:
-        """(units, segments of the support)."""
+        """(units, segments)."""
         if self.problem.metric == "l2":
             entries = (self.map - self.teacher).square_()
         else:
@@ -202,63 +230,83 @@ class Chunk:
         return torch.stack([entries[:, y].sum(1) for y in columns], dim=1).clamp_min_(0)
 
     def map_gradient(self) -> Tensor:
-        """d distance / d U (units, units of the support)."""
+        """d distance / d U (units, units of the example)."""
         if self.problem.metric == "l2":
             return (self.map - self.teacher).mul_(2)
         quotient = self.teacher / self.map.clamp_min(1e-30)
         return 1 - quotient.masked_fill_(self.map <= 1e-30, 0)
 
-    def add_gradients(self, components: Sequence[Tensor], dq: Tensor, dk: Tensor, first_row: int) -> None:
+    def add_gradients(
+        self, d_map: Tensor, components: list[Component], dq: Tensor, dk: list[Tensor], first: int
+    ) -> None:
         """Adds this chunk's part of the gradients of some components; once, for it lets go of what was kept.
 
         Args:
-            components: each (units, units of the support), the derivative of one scalar by U.
-            dq: (components, tokens of the query segment, heads, head_dim); first_row is its first token.
-            dk: (components, heads, tokens of the support, head_dim).
+            d_map: (units, units of the example), the derivatives by U.
+            components: how they are told apart.
+            dq: (components, tokens of the query segment, heads, head_dim); ``first`` is its first token.
+            dk: for each component (heads, tokens of its scores, head_dim).
         """
         student, offsets = self.student, self.student.side.unit_offsets
         scale = student.side.softmax_scale
-        num_rows = offsets[self.units.stop] - offsets[self.units.start]
         unit_rows = UnitRuns.of(student.side, self.units)
+        d_map = d_map / student.heads
+        if unit_rows.token_counts is not None:
+            d_map = d_map / unit_rows.token_counts[:, None]
+        by_key = student.key_runs.spread(d_map.T, student.num_keys).T
         # A unit alone, which may be long, has one row for all its tokens; the tokens of others make one piece.
-        alone = len(self.units) == 1
-        spread = []
-        for component in components:
-            component = component / student.heads
-            if unit_rows.token_counts is not None:
-                component = component / unit_rows.token_counts[:, None]
-            by_unit = student.key_runs.spread(component.T, student.num_keys).T
-            spread.append((by_unit if alone else unit_rows.spread(by_unit, num_rows)).contiguous())
+        if len(self.units) > 1:
+            by_key = unit_rows.spread(by_key, offsets[self.units.stop] - offsets[self.units.start])
+        d_probabilities = [_confined(by_key, component) for component in components]
         for rows in student.pieces(self.units):
-            own = slice(rows.start - first_row, rows.stop - first_row)
+            own = slice(rows.start - first, rows.stop - first)
             for heads in student.head_blocks():
                 p = student.probabilities(rows, heads) if self.kept is None else self.kept.popleft()
                 q = student.queries(rows, heads)
-                for index, d_probabilities in enumerate(spread):
-                    d_scores = p * d_probabilities
-                    delta = d_scores.sum(-1, keepdim=True)
-                    torch.sub(d_probabilities, delta, out=d_scores)
-                    d_scores.mul_(p)
-                    dq[index, own, heads] += torch.bmm(d_scores, student.k[heads]).mul_(scale).transpose(0, 1)
-                    dk[index, heads] += torch.bmm(d_scores.transpose(1, 2), q).mul_(scale)
+                for index, (component, dp) in enumerate(zip(components, d_probabilities, strict=True)):
+                    p_scores = p[..., component.scores]
+                    d_scores = p_scores * dp
+                    for support in component.supports:
+                        part = d_scores[..., support]
+                        torch.sub(dp[:, support], part.sum(-1, keepdim=True), out=part)
+                    d_scores.mul_(p_scores)
+                    k = student.k[heads, component.scores]
+                    dq[index, own, heads] += torch.bmm(d_scores, k).mul_(scale).transpose(0, 1)
+                    dk[index][heads] += torch.bmm(d_scores.transpose(1, 2), q).mul_(scale)
+
+
+def _confined(by_key: Tensor, component: Component) -> Tensor:
+    """(rows, keys of the component's scores) from (rows, keys): 0 where the component differentiates by nothing."""
+    if component.maps == component.scores:
+        return by_key[:, component.scores].contiguous()
+    confined = torch.zeros_like(by_key, memory_format=torch.contiguous_format)
+    confined[:, component.maps] = by_key[:, component.maps]
+    return confined[:, component.scores]
 
 
 class Block:
-    """The rows of one segment against one support, for one head group: a sweep over chunks."""
+    """The rows of one segment against all segments of its example, for one head group: a sweep over chunks."""
 
-    def __init__(self, problem: MapProblem, example: int, group: int, rows: range, columns: list[range]):
-        units = range(columns[0].start, columns[-1].stop)
+    def __init__(
+        self,
+        problem: MapProblem,
+        example: int,
+        group: int,
+        x: int,
+        student: GroupAttention,
+        teacher: GroupAttention | None,
+    ):
+        segments = problem.example_segments(example)
         self.problem = problem
         self.group = group
-        self.rows = rows
-        self.units = units
-        self.columns = [slice(y.start - units.start, y.stop - units.start) for y in columns]
-        self.student = GroupAttention(problem.student, group, problem.num_head_groups, units, problem.dtype)
-        if problem.maps is None:
-            self.teacher = GroupAttention(problem.teacher, group, problem.num_head_groups, units, problem.dtype)
-        else:
-            self.first_stored_row = first = problem.example_segments(example)[0].start
-            self.stored = problem.maps[example, group, :, units.start - first : units.stop - first]
+        self.x = x
+        self.rows = segments[x]
+        self.first_unit = segments[0].start
+        self.columns = [slice(y.start - self.first_unit, y.stop - self.first_unit) for y in segments]
+        self.student = student
+        self.teacher = teacher
+        if teacher is None:
+            self.stored = problem.maps[example, group, :, : segments[-1].stop - self.first_unit]
 
     def runs(self) -> Iterator[range]:
         """The rows of every chunk."""
@@ -269,19 +317,30 @@ class Block:
         return Chunk(self.problem, self.student, self.teacher_rows(units), units, needs_grad)
 
     def teacher_rows(self, units: range) -> Tensor:
-        """The teacher's U for some unit rows (units, units of the support)."""
-        if self.problem.maps is None:
+        """The teacher's U for some unit rows (units, units of the example)."""
+        if self.teacher is not None:
             return self.teacher.merged_rows(units)
-        first = self.first_stored_row
-        return self.stored[units.start - first : units.stop - first].to(self.problem.dtype)
+        return self.stored[units.start - self.first_unit : units.stop - self.first_unit].to(self.problem.dtype)
 
-    def gradient_buffers(self, components: int) -> tuple[Tensor, Tensor]:
+    def whole(self) -> Component:
+        """All key segments in one component."""
+        keys = slice(0, self.student.num_keys)
+        return Component(keys, keys, self.student.supports)
+
+    def apart(self, y: int) -> Component:
+        """One key segment as a component, which under "joint" reaches all keys through the softmax."""
+        keys = self.student.segment_keys[y]
+        if self.problem.normalization == "joint":
+            return self.whole()._replace(maps=keys)
+        return Component(keys, keys, [slice(0, keys.stop - keys.start)])
+
+    def gradient_buffers(self, components: list[Component]) -> tuple[Tensor, list[Tensor]]:
         """Zeros for dq and dk of some components, as Chunk.add_gradients takes them."""
         offsets = self.student.side.unit_offsets
-        heads, num_keys, head_dim = self.student.k.shape
+        heads, _, head_dim = self.student.k.shape
         num_rows = offsets[self.rows.stop] - offsets[self.rows.start]
-        dq = self.student.k.new_zeros(components, num_rows, heads, head_dim)
-        return dq, self.student.k.new_zeros(components, heads, num_keys, head_dim)
+        dq = self.student.k.new_zeros(len(components), num_rows, heads, head_dim)
+        return dq, [torch.zeros_like(self.student.k[:, component.scores]) for component in components]
 
     @property
     def first_row(self) -> int:
@@ -300,14 +359,14 @@ class ExampleGradients:
             for tensor in (problem.q, problem.k)
         )
 
-    def add(self, block: Block, dq: Tensor, dk: Tensor) -> None:
-        """Adds a block's (rows, heads, head_dim) and (heads, keys, head_dim)."""
+    def add(self, block: Block, component: Component, dq: Tensor, dk: Tensor) -> None:
+        """Adds a component's (rows, heads, head_dim) and (heads, keys of its scores, head_dim)."""
         student = block.student
-        row, key = block.first_row - self.first, student.first_key - self.first
+        row = block.first_row - self.first
         heads = slice(student.first_head, student.first_head + student.heads)
         self.dq[row : row + dq.shape[0], heads] += dq
         for index, kv_head in enumerate(student.kv_heads):
-            self.dk[key : key + student.num_keys, kv_head] += dk[index]
+            self.dk[component.scores, kv_head] += dk[index]
 
     def write(self, dq: Tensor, dk: Tensor) -> None:
         """Copies the sums into the gradients of the whole batch, in their dtype."""
@@ -315,17 +374,17 @@ class ExampleGradients:
         dk[self.first : self.last] = self.dk
 
 
-def example_blocks(problem: MapProblem, example: int) -> Iterator[tuple[int, list[int], Block]]:
-    """(x, ys, Block) for the query segments and supports of an example that hold any units, per head group."""
+def example_blocks(problem: MapProblem, example: int) -> Iterator[Block]:
+    """The blocks of an example, per head group and query segment that holds any units."""
     segments = problem.example_segments(example)
-    indices = list(range(problem.segments))
-    supports = [indices] if problem.normalization == "joint" else [[y] for y in indices]
+    if not any(segments):
+        return
     for group in range(problem.num_head_groups):
+        student = GroupAttention(problem, problem.student, example, group)
+        teacher = GroupAttention(problem, problem.teacher, example, group) if problem.maps is None else None
         for x, rows in enumerate(segments):
-            for ys in supports:
-                columns = [segments[y] for y in ys]
-                if len(rows) and any(columns):
-                    yield x, ys, Block(problem, example, group, rows, columns)
+            if len(rows):
+                yield Block(problem, example, group, x, student, teacher)
 
 
 def distance(problem: MapProblem) -> Tensor:
@@ -333,10 +392,10 @@ def distance(problem: MapProblem) -> Tensor:
     shape = (problem.num_head_groups, problem.total_units, problem.segments)
     distances = torch.zeros(shape, dtype=problem.dtype, device=problem.q.device)
     for example in range(problem.num_examples):
-        for _, ys, block in example_blocks(problem, example):
+        for block in example_blocks(problem, example):
             for units in block.runs():
-                rows = distances[block.group, units.start : units.stop]
-                rows[:, ys[0] : ys[-1] + 1] = block.chunk(units, needs_grad=False).distances(block.columns)
+                chunk = block.chunk(units, needs_grad=False)
+                distances[block.group, units.start : units.stop] = chunk.distances(block.columns)
     return distances
 
 
@@ -345,17 +404,26 @@ def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor
     dq, dk = torch.zeros_like(problem.q), torch.zeros_like(problem.k)
     for example in range(problem.num_examples):
         gradients = ExampleGradients(problem, example)
-        for _, ys, block in example_blocks(problem, example):
-            block_dq, block_dk = block.gradient_buffers(components=1)
+        for block in example_blocks(problem, example):
+            components = [block.whole()]
+            block_dq, block_dk = block.gradient_buffers(components)
             for units in block.runs():
                 chunk = block.chunk(units, needs_grad=True)
                 d_map = chunk.map_gradient()
-                for y, columns in zip(ys, block.columns, strict=True):
-                    d_map[:, columns] *= coefficients[block.group, units.start : units.stop, y, None]
-                chunk.add_gradients([d_map], block_dq, block_dk, block.first_row)
-            gradients.add(block, block_dq[0], block_dk[0])
+                weigh(d_map, coefficients[block.group, units.start : units.stop], block.columns)
+                chunk.add_gradients(d_map, components, block_dq, block_dk, block.first_row)
+            gradients.add(block, components[0], block_dq[0], block_dk[0])
         gradients.write(dq, dk)
     return dq, dk
+
+
+def weigh(
+    d_map: Tensor, coefficients: Tensor, columns: list[slice], block_weights: Sequence[float] | None = None
+) -> None:
+    """Multiplies the columns of every segment with its coefficients (units, segments) and its weight, in place."""
+    for y, own in enumerate(columns):
+        factor = coefficients[:, y, None]
+        d_map[:, own] *= factor if block_weights is None else factor * block_weights[y]
 
 
 def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
@@ -373,74 +441,67 @@ def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
     averaged = problem.num_head_groups * problem.num_examples
     for example in range(problem.num_examples):
         gradients = ExampleGradients(problem, example) if options.needs_grad else None
-        for x, ys, block in example_blocks(problem, example):
-            block_weights = [(options.intra_weight if x == y else options.inter_weight) / averaged for y in ys]
-            needs_grad = options.needs_grad and any(block_weights)
-            losses, factors, block_dq, block_dk = sweep(
-                block, options._replace(needs_grad=needs_grad), weights, block_weights
-            )
-            for y, value in zip(ys, losses, strict=True):
-                if x == y:
-                    intra = intra + value / averaged
+        for block in example_blocks(problem, example):
+            losses = sweep(block, options, weights, gradients) / averaged
+            for y, value in enumerate(losses):
+                if y == block.x:
+                    intra = intra + value
                 else:
-                    inter = inter + value / averaged
-            if needs_grad:
-                total_dq = torch.einsum("c,crhd->rhd", factors, block_dq)
-                gradients.add(block, total_dq, torch.einsum("c,chnd->hnd", factors, block_dk))
+                    inter = inter + value
         if gradients is not None:
             gradients.write(dq, dk)
     return LossOutput(options.intra_weight * intra + options.inter_weight * inter, intra, inter, dq, dk)
 
 
-def sweep(
-    block: Block, options: LossOptions, weights: Tensor, block_weights: list[float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One sweep over a block's rows.
-
-    Returns:
-        The losses (segments of the support,), and the gradients as components with the factor each is still to be
-        multiplied with: one component for each of those losses under "frobenius", else one in all.
-    """
+def sweep(block: Block, options: LossOptions, weights: Tensor, gradients: ExampleGradients | None) -> Tensor:
+    """One sweep over a block's rows: the losses by key segment (segments,), and their gradients where asked for."""
+    problem = block.problem
     rows = slice(block.rows.start, block.rows.stop)
     total_weight = weights[rows].sum()
-    apart = options.reduction == "frobenius"
-    components = len(block.columns) if apart else 1
-    dq, dk = block.gradient_buffers(components if options.needs_grad else 0)
+    averaged = problem.num_head_groups * problem.num_examples
+    block_weights = [
+        (options.intra_weight if y == block.x else options.inter_weight) / averaged for y in range(problem.segments)
+    ]
+    if options.reduction == "frobenius":
+        apart = [y for y, columns in enumerate(block.columns) if block_weights[y] and columns.start < columns.stop]
+        components = [block.apart(y) for y in apart]
+    else:
+        components = [block.whole()] if any(block_weights) else []
+    needs_grad = gradients is not None and bool(components)
+    if needs_grad:
+        dq, dk = block.gradient_buffers(components)
 
     def sweep_chunk(units: range) -> Tensor:
         """A chunk lives no longer than this call, so that its kept probabilities never meet the next one's."""
-        chunk = block.chunk(units, options.needs_grad)
+        chunk = block.chunk(units, needs_grad)
         distances = chunk.distances(block.columns)
-        if options.needs_grad:
+        if needs_grad:
+            chunk_weights = weights[units.start : units.stop, None]
+            coefficients = reduction.row_coefficients(options.reduction, distances, chunk_weights, total_weight)
             d_map = chunk.map_gradient()
-            chunk_weights = weights[units.start : units.stop]
-            parts = d_map.new_zeros(components, *d_map.shape)
-            for index, columns in enumerate(block.columns):
-                coefficients = reduction.row_coefficients(
-                    options.reduction, distances[:, index], chunk_weights, total_weight
-                )
-                coefficients = block_weights[index] * coefficients[:, None]
-                parts[index if apart else 0, :, columns] = d_map[:, columns] * coefficients
-            chunk.add_gradients(parts.unbind(), dq, dk, block.first_row)
+            weigh(d_map, coefficients, block.columns, block_weights)
+            chunk.add_gradients(d_map, components, dq, dk, block.first_row)
         return distances
 
-    by_segment = torch.cat([sweep_chunk(units) for units in block.runs()]).unbind(1)
-    losses = torch.stack([reduction.block_loss(options.reduction, d, weights[rows]) for d in by_segment])
-    factors = reduction.block_factor(options.reduction, losses[:components])
-    return losses, factors, dq, dk
+    distances = torch.cat([sweep_chunk(units) for units in block.runs()])
+    losses = reduction.block_loss(options.reduction, distances, weights[rows, None])
+    if needs_grad:
+        if options.reduction == "frobenius":
+            factors = reduction.block_factor(options.reduction, losses)
+            for index, y in enumerate(apart):
+                dq[index].mul_(factors[y])
+                dk[index].mul_(factors[y])
+        for component, component_dq, component_dk in zip(components, dq, dk, strict=True):
+            gradients.add(block, component, component_dq, component_dk)
+    return losses
 
 
 def map_row(problem: MapProblem, side: Attention, row: int) -> Tensor:
     """One unit row of one side's U against all units of its example (num_head_groups, units)."""
     segment = next(index for index, units in enumerate(problem.segment_units) if row in units)
-    segments = problem.example_segments(segment // problem.segments)
-    whole = range(segments[0].start, segments[-1].stop)
-    supports = [whole] if problem.normalization == "joint" else [units for units in segments if len(units)]
-    groups = []
-    for group in range(problem.num_head_groups):
-        parts = [
-            GroupAttention(side, group, problem.num_head_groups, units, problem.dtype).merged_rows(range(row, row + 1))
-            for units in supports
-        ]
-        groups.append(torch.cat(parts, dim=1)[0])
+    example = segment // problem.segments
+    groups = [
+        GroupAttention(problem, side, example, group).merged_rows(range(row, row + 1))[0]
+        for group in range(problem.num_head_groups)
+    ]
     return torch.stack(groups)
