@@ -7,8 +7,8 @@ not depend on it, nor on the other examples of the batch, not in a bit.
 
 With t = TILE_ROWS and N the tokens of an example, the live memory beside inputs, gradients and buffers linear in N is
 workspace_bytes at most where probabilities are kept; where they are not, two blocks of t x N for some of the heads (one
-head, or as many as fit in *_HEAD_BLOCK_BYTES) and AVERAGED_TILES tiles t x N, two more a component of "frobenius". In
-half precision the products are taken in float32, under torch's float32 matmul precision.
+head, or as many as fit in *_HEAD_BLOCK_BYTES) and AVERAGED_TILES tiles t x N, one more a segment where "joint" meets
+"frobenius". In half precision the products are taken in float32, under torch's float32 matmul precision.
 """
 
 from __future__ import annotations
