@@ -37,20 +37,13 @@ STUDENT_FLAGS: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 1,
 }
-INTERACTION_FLAGS: dict[str, Any] = {"student_layers": [-2], "teacher_layers": [-2]}
-# Given to the demonstration as a whole and passed on to no stage as they are.
-_NOT_PASSED_ON = (
-    "config",
-    "local_rank",
-    "output_dir",
-    "seed",
-    "resume_from_checkpoint",
-    "embedded_seeds",
-    "embedded_control",
-    "alpha",
-    "student_layers",
-    "teacher_layers",
-    "top_blocks",
+# What a distilled student's command says besides: only a response's rows tell whether its fact is true, and the block
+# before the last is the last whose every query reaches the reward.
+INTERACTION_FLAGS: dict[str, Any] = {"alpha": 1.0, "interaction_rows": "response"}
+INTERACTION_LAYERS: dict[str, Any] = {"student_layers": [-2], "teacher_layers": [-2]}
+# Given to the demonstration as a whole: each stage has its own, or none.
+_NOT_PASSED_ON = frozenset(
+    ("config", "local_rank", "output_dir", "seed", "resume_from_checkpoint", "embedded_seeds", "embedded_control")
 )
 
 
@@ -86,7 +79,12 @@ def student_command(run_folder: Path, name: str, seed: int, given: dict[str, Any
     files["train"] = run_folder / "data" / f"{TRAIN_SAMPLE}.jsonl"
     batch_size = max(1, STUDENT_BATCH_SIZE // int(os.environ.get("WORLD_SIZE", "1")))
     flags = {"per_device_train_batch_size": batch_size, **STUDENT_FLAGS}
+    if teacher is not None:
+        layers_given = given.keys() & {"student_layers", "teacher_layers", "top_blocks"}
+        flags |= {**INTERACTION_FLAGS, **({} if layers_given else INTERACTION_LAYERS), "teacher_name_or_path": teacher}
     flags |= {flag: value for flag, value in given.items() if flag not in _NOT_PASSED_ON}
+    if teacher is None:
+        flags["alpha"] = 0
     flags |= {
         "model_name_or_path": run_folder / "student",
         "dataset_name": run_folder / "data" / "train.jsonl",
@@ -94,11 +92,6 @@ def student_command(run_folder: Path, name: str, seed: int, given: dict[str, Any
         "output_dir": output_dir,
         "seed": seed,
     }
-    if teacher is None:
-        flags["alpha"] = 0
-    else:
-        layers = {flag: given[flag] for flag in ("student_layers", "teacher_layers", "top_blocks") if flag in given}
-        flags |= {"teacher_name_or_path": teacher, "alpha": given.get("alpha", 1.0), **(layers or INTERACTION_FLAGS)}
     if (output_dir / "run.yaml").exists():
         flags["resume_from_checkpoint"] = "true"
     return [sys.executable, str(REPOSITORY / "idrm" / "train.py"), *_as_tokens(flags)]

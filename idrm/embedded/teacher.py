@@ -45,7 +45,7 @@ class Recipe:
     vocab_size: int = 1024
     batch_size: int = 64
     learning_rate: float = 2e-3
-    max_steps: int = 1600
+    max_steps: int = 1200
     # Mean training loss of the last `report_every` steps that ends the training.
     loss_to_stop: float = 0.02
     report_every: int = 100

@@ -8,7 +8,7 @@ import pytest
 from idrm.arguments import parse_arguments
 from idrm.embedded.stages import (
     FINISHED_FILE,
-    INTERACTION_FLAGS,
+    INTERACTION_LAYERS,
     STUDENT_BATCH_SIZE,
     Stage,
     StageFailed,
@@ -74,7 +74,7 @@ def test_the_students_commands_are_ordinary_ones_that_differ_in_the_teacher_alon
     assert not alone.is_embedded
     assert alone.interaction.alpha == 0
     assert taught.interaction.alpha == 1
-    assert taught.interaction.student_layers == INTERACTION_FLAGS["student_layers"]
+    assert taught.interaction.student_layers == INTERACTION_LAYERS["student_layers"]
     assert taught.model.teacher_name_or_path == str(tmp_path / "teacher")
     different = {name for name in alone.training if alone.training[name] != taught.training[name]}
     assert different <= {"output_dir"}
@@ -83,7 +83,7 @@ def test_the_students_commands_are_ordinary_ones_that_differ_in_the_teacher_alon
 
 
 def test_flags_of_the_user_win_over_the_demonstrations_own(tmp_path):
-    flags = "--num_train_epochs 1 --learning_rate 1e-5 --use_cpu true --seed 3 --alpha 0.5 --top_blocks 1"
+    flags = "--num_train_epochs 1 --learning_rate 1e-5 --use_cpu true --seed 3 --alpha 0.5 --top_blocks 1 --interaction_rows all"
     given = parse_arguments([*flags.split(), "--output_dir", str(tmp_path), "--embedded_control"]).given
     taught = parsed(student_command(tmp_path, "idrm", 3, given, tmp_path / "teacher"))
     assert taught.training["num_train_epochs"] == 1
@@ -92,6 +92,7 @@ def test_flags_of_the_user_win_over_the_demonstrations_own(tmp_path):
     assert taught.training["output_dir"] == str(tmp_path / "idrm")
     assert taught.interaction.alpha == 0.5
     assert taught.interaction.top_blocks == 1
+    assert taught.interaction.interaction_rows == "all"
     assert taught.interaction.student_layers is None
     assert parsed(student_command(tmp_path, "bt", 3, given, None)).interaction.alpha == 0
 
