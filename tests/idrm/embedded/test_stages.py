@@ -83,7 +83,8 @@ def test_the_students_commands_are_ordinary_ones_that_differ_in_the_teacher_alon
 
 
 def test_flags_of_the_user_win_over_the_demonstrations_own(tmp_path):
-    flags = "--num_train_epochs 1 --learning_rate 1e-5 --use_cpu true --seed 3 --alpha 0.5 --top_blocks 1 --interaction_rows all"
+    flags = "--num_train_epochs 1 --learning_rate 1e-5 --use_cpu true --seed 3"
+    flags += " --alpha 0.5 --top_blocks 1 --interaction_rows all"
     given = parse_arguments([*flags.split(), "--output_dir", str(tmp_path), "--embedded_control"]).given
     taught = parsed(student_command(tmp_path, "idrm", 3, given, tmp_path / "teacher"))
     assert taught.training["num_train_epochs"] == 1
