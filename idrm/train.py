@@ -48,6 +48,7 @@ logger = logging.getLogger("idrm.train")
 
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_TEACHER_MAX_LENGTH = 512
+SECONDS_FOR_FIRST_RANK = 60
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             train(config)
     except InputError as error:
-        if _is_local_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            # The launcher ends all processes with the first that fails: the one that speaks must come first.
-            time.sleep(5)
+        if not _is_local_main():
+            # The launcher ends all processes with the first that fails. Mostly all find the same fault, and the first
+            # rank, which may be behind, is to say it, once; this one does where the first has found none.
+            time.sleep(SECONDS_FOR_FIRST_RANK)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         if _is_local_main():
