@@ -158,6 +158,8 @@ def _prepare_processes(config: RunConfiguration) -> None:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        # Without it, DeepSpeed asks numactl in a process of its own at every reduction on a CPU.
+        os.environ["LOCAL_SIZE"] = "1"
     if config.training["use_cpu"]:
         import deepspeed
 

@@ -20,6 +20,7 @@ from idrm.embedded.stages import (
     Stage,
     StageFailed,
     is_first_rank,
+    recipe,
     run_stages,
     student_command,
     teacher_command,
@@ -54,6 +55,7 @@ def run(config: RunConfiguration) -> None:
         SystemExit: a stage failed; its exit status is passed on.
     """
     folder = config.output_dir
+    recipe()  # before the folder is claimed, in case there is none
     _claim(folder, config)
     logger.info(INTRODUCTION.format(folder=folder))
     first_seed = config.training["seed"]

@@ -10,11 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from idrm.arguments import InteractionArguments
 from idrm.embedded.generator import CUE_SHARE_OF_SPLIT
+from idrm.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -25,22 +29,9 @@ TEACHER_METRICS_FILE = "nli_results.json"
 TRAIN_SAMPLE = "train_sample"
 EVALUATED_SPLITS = ("train", *[split for split in CUE_SHARE_OF_SPLIT if split != "train"])
 
-STUDENT_BATCH_SIZE = 16
-# What the commands of all students say alike where the user does not.
-STUDENT_FLAGS: dict[str, Any] = {
-    "num_train_epochs": 2,
-    "learning_rate": 1e-3,
-    "weight_decay": 0.0,
-    "warmup_steps": 0.05,
-    "per_device_eval_batch_size": 100,
-    "logging_steps": 40,
-    "save_strategy": "epoch",
-    "save_total_limit": 1,
-}
-# What a distilled student's command says besides: only a response's rows tell whether its fact is true, and the block
-# before the last is the last whose every query reaches the reward.
-INTERACTION_FLAGS: dict[str, Any] = {"alpha": 1.0, "interaction_rows": "response"}
-INTERACTION_LAYERS: dict[str, Any] = {"student_layers": [-2], "teacher_layers": [-2]}
+RECIPE = REPOSITORY / "recipes" / "embedded.yaml"
+_INTERACTION_FLAGS = frozenset(entry.name for entry in fields(InteractionArguments))
+_LAYER_FLAGS = frozenset(("student_layers", "teacher_layers", "top_blocks"))
 # Given to the demonstration as a whole: each stage has its own, or none.
 _NOT_PASSED_ON = frozenset(
     ("config", "local_rank", "output_dir", "seed", "resume_from_checkpoint", "embedded_seeds", "embedded_control")
@@ -69,6 +60,18 @@ def teacher_command(run_folder: Path, seed: int) -> list[str]:
     return [sys.executable, "-m", "idrm.embedded.teacher", *folders, "--seed", str(seed)]
 
 
+def recipe() -> dict[str, Any]:
+    """What the students' commands say where the user does not; the batch size is that of all ranks together.
+
+    Raises:
+        InputError: this is no checkout, where the recipes lie beside the package.
+    """
+    try:
+        return yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{RECIPE}: cannot be read; the demonstration needs a checkout of the project") from error
+
+
 def student_command(run_folder: Path, name: str, seed: int, given: dict[str, Any], teacher: Path | None) -> list[str]:
     """The ordinary training command of one student, Bradley-Terry alone where `teacher` is None.
 
@@ -77,11 +80,13 @@ def student_command(run_folder: Path, name: str, seed: int, given: dict[str, Any
     output_dir = run_folder / name
     files = {split: run_folder / "data" / f"{split}.jsonl" for split in EVALUATED_SPLITS}
     files["train"] = run_folder / "data" / f"{TRAIN_SAMPLE}.jsonl"
-    batch_size = max(1, STUDENT_BATCH_SIZE // int(os.environ.get("WORLD_SIZE", "1")))
-    flags = {"per_device_train_batch_size": batch_size, **STUDENT_FLAGS}
+    flags = recipe()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    flags["per_device_train_batch_size"] = max(1, flags["per_device_train_batch_size"] // world_size)
+    left_out = _INTERACTION_FLAGS if teacher is None else _LAYER_FLAGS if given.keys() & _LAYER_FLAGS else frozenset()
+    flags = {flag: value for flag, value in flags.items() if flag not in left_out}
     if teacher is not None:
-        layers_given = given.keys() & {"student_layers", "teacher_layers", "top_blocks"}
-        flags |= {**INTERACTION_FLAGS, **({} if layers_given else INTERACTION_LAYERS), "teacher_name_or_path": teacher}
+        flags["teacher_name_or_path"] = teacher
     flags |= {flag: value for flag, value in given.items() if flag not in _NOT_PASSED_ON}
     if teacher is None:
         flags["alpha"] = 0

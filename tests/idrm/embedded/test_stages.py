@@ -8,10 +8,9 @@ import pytest
 from idrm.arguments import parse_arguments
 from idrm.embedded.stages import (
     FINISHED_FILE,
-    INTERACTION_LAYERS,
-    STUDENT_BATCH_SIZE,
     Stage,
     StageFailed,
+    recipe,
     run_stages,
     student_command,
 )
@@ -74,7 +73,7 @@ def test_the_students_commands_are_ordinary_ones_that_differ_in_the_teacher_alon
     assert not alone.is_embedded
     assert alone.interaction.alpha == 0
     assert taught.interaction.alpha == 1
-    assert taught.interaction.student_layers == INTERACTION_LAYERS["student_layers"]
+    assert taught.interaction.student_layers == recipe()["student_layers"]
     assert taught.model.teacher_name_or_path == str(tmp_path / "teacher")
     different = {name for name in alone.training if alone.training[name] != taught.training[name]}
     assert different <= {"output_dir"}
@@ -101,7 +100,7 @@ def test_flags_of_the_user_win_over_the_demonstrations_own(tmp_path):
 def test_ranks_share_a_batch(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     command = parsed(student_command(tmp_path, "bt", 0, {}, None))
-    assert command.training["per_device_train_batch_size"] == STUDENT_BATCH_SIZE // 4
+    assert command.training["per_device_train_batch_size"] == recipe()["per_device_train_batch_size"] // 4
 
 
 def test_an_interrupted_student_goes_on_from_its_checkpoint(tmp_path):
