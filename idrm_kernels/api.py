@@ -13,14 +13,12 @@ from idrm_kernels.impl import chunked
 from idrm_kernels.impl.problem import MapProblem
 from idrm_kernels.inputs import PackedAttention, StoredMaps
 from idrm_kernels.layout import MapLayout, integers
-from idrm_kernels.ops import OPS
+from idrm_kernels.ops import IMPLEMENTATIONS, OPS
 from idrm_kernels.reduction import REDUCTIONS
 
 Implementation = Literal["auto", "triton", "cpp", "torch", "reference"]
 METRICS = ("l2", "kl")
 NORMALIZATIONS = ("block", "joint")
-# What "auto" prefers, best first.
-PREFERENCE = ("torch", "reference")
 DEFAULT_WORKSPACE_BYTES = 64 << 20
 
 
@@ -88,7 +86,7 @@ def attention_map_loss(
         row_weights = row_weights.detach()
     needs_grad = torch.is_grad_enabled() and (student.q.requires_grad or student.k.requires_grad)
     options = (row_weights, reduction, float(intra_weight), float(inter_weight), needs_grad)
-    loss, intra, inter, _, _ = OPS[_chosen(impl)].loss(*arguments, *options)
+    loss, intra, inter, _, _ = OPS[_chosen(impl, student, teacher)].loss(*arguments, *options)
     return MapLoss(loss, intra, inter)
 
 
@@ -113,7 +111,7 @@ def attention_map_distance(
         of row a within key segment y of its example; 0 where that segment is empty.
     """
     arguments = _arguments(student, teacher, layout, metric, normalization, num_head_groups, workspace_bytes)
-    return OPS[_chosen(impl)].distance(*arguments)
+    return OPS[_chosen(impl, student, teacher)].distance(*arguments)
 
 
 def attention_map_rows(
@@ -163,16 +161,23 @@ def attention_map_rows(
 
 def available_implementations() -> tuple[str, ...]:
     """What ``impl`` may name here besides "auto"."""
-    return tuple(OPS)
+    return tuple(name for name, module in IMPLEMENTATIONS.items() if name != "triton" or module.is_usable())
 
 
-def _chosen(impl: str) -> str:
+def _chosen(impl: str, student: PackedAttention, teacher: PackedAttention | StoredMaps) -> str:
+    """The implementation to take; for "auto" the best that can take these tensors where they are."""
     validation.check_choice("impl", impl, ("auto", "triton", "cpp", "torch", "reference"))
-    if impl == "auto":
-        return next(name for name in PREFERENCE if name in OPS)
-    if impl not in OPS:
-        raise ValueError(f"impl: {impl!r} is not available here; available are {', '.join(map(repr, OPS))} and 'auto'")
-    return impl
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        names = ", ".join(map(repr, available_implementations()))
+        raise ValueError(f"impl: {impl!r} is not available here; available are {names} and 'auto'")
+    if impl == "triton" or (impl == "auto" and student.q.device.type == "cuda" and "triton" in IMPLEMENTATIONS):
+        teacher_q = None if isinstance(teacher, StoredMaps) else teacher.q
+        obstacle = IMPLEMENTATIONS["triton"].obstacle(student.q, teacher_q)
+        if obstacle is None:
+            return "triton"
+        if impl == "triton":
+            raise ValueError(f"impl: 'triton' cannot run here: {obstacle}")
+    return "torch" if impl == "auto" else impl
 
 
 def _arguments(
@@ -212,6 +217,8 @@ def _flat(student, teacher, layout, metric, normalization, num_head_groups, work
         layout.teacher_unit_offsets,
         layout.device_unit_offsets,
         layout.teacher_device_unit_offsets,
+        layout.plan,
+        layout.device_plan,
         layout.segments,
         student.scale,
         1.0 if stored else teacher.scale,

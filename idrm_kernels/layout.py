@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from idrm_kernels.tiles import make_plan
+
 Counts = Sequence[int] | Tensor
 
 
@@ -25,6 +27,7 @@ class MapLayout:
             unit_offsets[a]:unit_offsets[a + 1], so segment s begins at token unit_offsets[cu_units[s]].
         teacher_unit_offsets: the same for the teacher's tokens.
         device_unit_offsets, teacher_device_unit_offsets: the two on the device of q and k.
+        plan, device_plan: the fused kernels' tile plan (``idrm_kernels.tiles``), on the host and on the device.
     """
 
     segments: int
@@ -40,6 +43,8 @@ class MapLayout:
     teacher_unit_offsets: Tensor
     device_unit_offsets: Tensor
     teacher_device_unit_offsets: Tensor
+    plan: Tensor
+    device_plan: Tensor
 
     @classmethod
     def build(
@@ -116,6 +121,7 @@ class MapLayout:
         unit_offsets = _unit_offsets("unit_of_token", units, cu_seqlens, cu_units)
         teacher_unit_offsets = _unit_offsets("teacher_unit_of_token", teacher_units, teacher_cu_seqlens, cu_units)
         units_of_examples = cu_units[::segments].diff()
+        plan = make_plan(segments, cu_units, unit_offsets, teacher_unit_offsets)
         return cls(
             segments=segments,
             num_examples=num_segments // segments,
@@ -130,6 +136,8 @@ class MapLayout:
             teacher_unit_offsets=teacher_unit_offsets,
             device_unit_offsets=unit_offsets.to(device),
             teacher_device_unit_offsets=teacher_unit_offsets.to(device),
+            plan=plan,
+            device_plan=plan.to(device),
         )
 
     @classmethod
@@ -148,6 +156,7 @@ class MapLayout:
             self,
             device_unit_offsets=self.device_unit_offsets.to(device, non_blocking=non_blocking),
             teacher_device_unit_offsets=self.teacher_device_unit_offsets.to(device, non_blocking=non_blocking),
+            device_plan=self.device_plan.to(device, non_blocking=non_blocking),
         )
 
     @property

@@ -7,6 +7,7 @@ shapes to torch.compile; backward ops are ops too, so that compiled graphs hold 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 from collections.abc import Callable
 from types import ModuleType
@@ -19,6 +20,10 @@ from idrm_kernels.impl import chunked, reference
 from idrm_kernels.impl.problem import LOSS_SCHEMA, SCHEMA, LossOptions, LossOutput, MapProblem
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "torch": chunked}
+if importlib.util.find_spec("triton") is not None:
+    from idrm_kernels.impl import triton
+
+    IMPLEMENTATIONS["triton"] = triton
 
 
 class Ops(NamedTuple):

@@ -13,9 +13,9 @@ from torch import Tensor
 SCHEMA = (
     "Tensor q, Tensor k, Tensor? teacher_q, Tensor? teacher_k, Tensor? positions, Tensor? slot_of_delta, Tensor? c2p, "
     "Tensor? p2c, Tensor? maps, Tensor cu_units, Tensor unit_offsets, Tensor teacher_unit_offsets, "
-    "Tensor device_unit_offsets, Tensor teacher_device_unit_offsets, int segments, float softmax_scale, "
-    "float teacher_softmax_scale, bool causal, bool teacher_causal, str metric, str normalization, "
-    "int num_head_groups, int workspace_bytes"
+    "Tensor device_unit_offsets, Tensor teacher_device_unit_offsets, Tensor plan, Tensor device_plan, "
+    "int segments, float softmax_scale, float teacher_softmax_scale, bool causal, bool teacher_causal, "
+    "str metric, str normalization, int num_head_groups, int workspace_bytes"
 )
 LOSS_SCHEMA = "Tensor? row_weights, str reduction, float intra_weight, float inter_weight, bool needs_grad"
 
@@ -53,6 +53,8 @@ class MapProblem:
     teacher_unit_offsets: Tensor
     device_unit_offsets: Tensor
     teacher_device_unit_offsets: Tensor
+    plan: Tensor
+    device_plan: Tensor
     segments: int
     softmax_scale: float
     teacher_softmax_scale: float

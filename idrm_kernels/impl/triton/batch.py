@@ -1,0 +1,429 @@
+"""A problem on its device: its plan, its softmax denominators, and every launch over a slab of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from idrm_kernels.impl.problem import LossOptions, MapProblem
+from idrm_kernels.impl.triton import launch
+from idrm_kernels.impl.triton.block_loss import block_loss_fwd_kernel, total_loss_fwd_kernel
+from idrm_kernels.impl.triton.comparison import comparison_fwd_kernel
+from idrm_kernels.impl.triton.configurations import (
+    ARITHMETIC,
+    COMPARISON,
+    Configuration,
+    architecture,
+    launch_configured,
+)
+from idrm_kernels.impl.triton.difference import difference_fwd_kernel, row_distance_fwd_kernel
+from idrm_kernels.impl.triton.head_mean import head_mean_fwd_kernel
+from idrm_kernels.impl.triton.key_gradient import key_gradient_bwd_kernel
+from idrm_kernels.impl.triton.launch import Side
+from idrm_kernels.impl.triton.logsumexp import logsumexp_fwd_kernel
+from idrm_kernels.impl.triton.plan import Plan, Slab, Staging
+from idrm_kernels.impl.triton.query_gradient import query_gradient_bwd_kernel
+from idrm_kernels.tiles import RUN_TOKENS, TILE_SIZES, ExampleField, Section
+
+# Differences of probabilities wait in float16 times this, to stay clear of its smallest normal number.
+DIFFERENCE_SCALE = 2.0**14
+# Rows, and blocks, that a program of the small kernels takes at a time.
+BLOCK_LOSS_ROWS = 1024
+
+
+class Batch:
+    """A problem's tensors, plan and softmax denominators, and the launches over a slab of it.
+
+    Attributes:
+        is_fused: a unit is a token on both sides, so that the maps are compared in registers.
+        difference_dtype, difference_scale: how the differences of a slab are held for the gradient kernels.
+    """
+
+    def __init__(self, problem: MapProblem, arch: str | None = None, run: Callable = launch.run):
+        self.problem = problem
+        self.run = run
+        self.plan = Plan(problem)
+        self.student = Side.student(problem)
+        self.teacher = Side.teacher(problem) if problem.maps is None else None
+        self.maps = None if problem.maps is None else problem.maps.contiguous()
+        self.arch = architecture(problem.q.device) if arch is None else arch
+        self.student_is_merged = problem.q.shape[0] != problem.total_units
+        teacher_is_merged = self.teacher is not None and self.teacher.q.shape[0] != problem.total_units
+        self.is_fused = not self.student_is_merged and not teacher_is_merged
+        half = problem.q.dtype != torch.float32 and problem.metric == "l2"
+        self.difference_dtype = torch.float16 if half else torch.float32
+        self.difference_scale = DIFFERENCE_SCALE if half else 1.0
+        self.index = launch.index_type(problem, 0)
+        self.is_joint = problem.normalization == "joint"
+        self.block_examples = triton.next_power_of_2(max(2, problem.num_examples))
+        self.segment_table = self.plan.section(Section.SEGMENTS)
+        self.example_table = self.plan.section(Section.EXAMPLES)
+        self.statistics = self.denominators(self.student)
+        self.teacher_statistics = None if self.teacher is None else self.denominators(self.teacher)
+
+    def launch(
+        self, kernel: str, sides: list[Side], run: Callable[[Configuration], None], repeats: bool = True
+    ) -> None:
+        """Runs a launch in the configuration of a kernel that reads some sides; ``repeats``: it may run again."""
+        head_dim = max(side.head_dim for side in sides)
+        arithmetic = max((side.arithmetic for side in sides), key=ARITHMETIC.index)
+        has_bias = any(side.has_bias for side in sides)
+        launch_configured(kernel, head_dim, arithmetic, has_bias, self.arch, run, repeats)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor beside q."""
+        return torch.empty(shape, dtype=dtype, device=self.problem.q.device)
+
+    def denominators(self, side: Side) -> dict:
+        """The statistics of every softmax (supports, num_heads, tokens), as kernels take them."""
+        tokens = side.q.shape[0]
+        shape = (1 if self.is_joint else self.problem.segments, side.num_heads, tokens)
+        statistics = {"logsumexp": self.empty(*shape), "row_maximum": self.empty(*shape) if side.is_exact else None}
+
+        def run(own: Configuration) -> None:
+            row_tiles = self.plan.section(side.rows[own.block_m])
+            self.run(
+                logsumexp_fwd_kernel,
+                (row_tiles.numel() // 3 * side.num_heads,),
+                **side.operands(own, self.arch),
+                **side.bias(),
+                **statistics,
+                scale=side.score_scale,
+                segment_table=self.segment_table,
+                row_tiles=row_tiles,
+                total_tokens=tokens,
+                SEGMENTS=self.problem.segments,
+                TOKENS=side.first_token,
+                JOINT=self.is_joint,
+                INDEX=self.index,
+                **side.shape(),
+                **own.options,
+            )
+
+        self.launch("logsumexp", [side], run)
+        return statistics
+
+    def slabs(self, needs_difference: bool, needs_distances: bool) -> list[Slab]:
+        """The slabs of a sweep that makes differences, distances or both."""
+        element_bytes = self.difference_dtype.itemsize if needs_difference else 0
+        workspace_bytes = self.problem.workspace_bytes
+        if self.is_fused:
+            element_bytes += 4 / min(TILE_SIZES) if needs_distances else 0
+        elif needs_difference:
+            workspace_bytes //= 2
+        return self.plan.slabs(self.problem.num_head_groups, element_bytes, workspace_bytes)
+
+    def compare(self, slab: Slab, needs_difference: bool, distances: Tensor | None) -> Tensor | None:
+        """The differences of a slab's maps (groups, elements), and its rows' distances written where they are asked."""
+        difference = None
+        if needs_difference:
+            difference = self.empty(len(slab.groups), slab.elements, dtype=self.difference_dtype)
+        if self.is_fused:
+            self.compare_tokens(slab, difference, distances)
+        else:
+            workspace_bytes = self.problem.workspace_bytes
+            if needs_difference:
+                workspace_bytes -= workspace_bytes // 2
+            for staging in self.plan.stagings(slab, workspace_bytes):
+                self.compare_units(slab, staging, difference, distances)
+        return difference
+
+    def place(self, slab: Slab) -> dict:
+        """Where a slab lies, as kernels take it."""
+        return {
+            "segment_table": self.segment_table,
+            "first_group": slab.groups.start,
+            "slab_origin": slab.origin,
+            "slab_elements": slab.elements,
+            "SEGMENTS": self.problem.segments,
+            "INDEX": self.index,
+        }
+
+    def stored_maps(self) -> dict:
+        """The teacher's stored maps as kernels take them; None where its maps are computed."""
+        return {
+            "maps": self.maps,
+            "max_units": 0 if self.maps is None else self.maps.shape[-1],
+            "num_groups": self.problem.num_head_groups,
+        }
+
+    def compare_tokens(self, slab: Slab, difference: Tensor | None, distances: Tensor | None) -> None:
+        """Both maps tile by tile in registers."""
+        student, num_groups = self.student, self.problem.num_head_groups
+        # With stored maps the student's tensors stand in for the teacher's; the kernel is compiled without them.
+        teacher = student if self.teacher is None else self.teacher
+
+        def run(own: Configuration) -> None:
+            rows = ExampleField[f"ROWS_{own.block_m}"]
+            pairs = ExampleField[f"PAIRS_{own.block_m}_{own.block_n}"]
+            tiles = self.plan.row_tiles(slab.tokens, slab.segments, own.block_m)
+            covered = self.plan.pairs(tiles, slab.examples, rows, pairs)
+            partial_distances = None
+            if distances is not None:
+                partial_distances = self.empty(len(slab.groups), slab.elements // own.block_n)
+            of_teacher = {
+                **teacher.operands(own, self.arch),
+                **(self.teacher_statistics or self.statistics),
+                "scale": teacher.score_scale,
+            }
+            self.run(
+                difference_fwd_kernel,
+                (len(covered), len(slab.groups)),
+                **student.operands(own, self.arch),
+                **self.statistics,
+                scale=student.score_scale,
+                total_tokens=student.q.shape[0],
+                **{f"teacher_{name}": value for name, value in of_teacher.items()},
+                **{f"TEACHER_{name}": value for name, value in teacher.shape(num_groups).items()},
+                **teacher.bias(),
+                **self.stored_maps(),
+                difference=difference,
+                partial_distances=partial_distances,
+                example_table=self.example_table,
+                num_examples=self.problem.num_examples,
+                row_tiles=self.plan.section(student.rows[own.block_m]),
+                first_pair=covered.start,
+                first_row=slab.tokens.start,
+                last_row=slab.tokens.stop,
+                ROWS=int(rows),
+                PAIRS=int(pairs),
+                JOINT=self.is_joint,
+                METRIC=self.problem.metric,
+                FACTOR=self.difference_scale,
+                BLOCK_EXAMPLES=self.block_examples,
+                **self.place(slab),
+                **student.shape(num_groups),
+                **own.options,
+            )
+            if distances is not None:
+                tiles = self.plan.row_tiles(slab.tokens, slab.segments, RUN_TOKENS)
+                self.run(
+                    row_distance_fwd_kernel,
+                    (len(tiles), self.problem.segments, len(slab.groups)),
+                    partial_distances=partial_distances,
+                    distances=distances,
+                    row_tiles=self.plan.section(Section.ROWS_64),
+                    first_tile=tiles.start,
+                    first_row=slab.tokens.start,
+                    last_row=slab.tokens.stop,
+                    total_units=self.problem.total_units,
+                    BLOCK_M=RUN_TOKENS,
+                    BLOCK_N=own.block_n,
+                    **self.place(slab),
+                )
+
+        self.launch("difference", [student, teacher], run)
+
+    def compare_units(self, slab: Slab, staging: Staging, difference: Tensor | None, distances: Tensor | None) -> None:
+        """Both maps' staged rows, merged and compared."""
+        problem = self.problem
+        staged = self.head_means(self.student, self.statistics, slab, staging.slots, staging.origin, staging.elements)
+        teacher_staged = None
+        if self.teacher is not None:
+            teacher_staged = self.head_means(
+                self.teacher,
+                self.teacher_statistics,
+                slab,
+                staging.teacher_slots,
+                staging.teacher_origin,
+                staging.teacher_elements,
+            )
+        self.run(
+            comparison_fwd_kernel,
+            (len(staging.tiles), problem.segments, len(slab.groups)),
+            staged=staged,
+            staged_origin=staging.origin,
+            staged_elements=staging.elements,
+            slots=self.plan.section(Section.SLOTS),
+            unit_offsets=problem.device_unit_offsets,
+            teacher_staged=teacher_staged,
+            teacher_staged_origin=staging.teacher_origin,
+            teacher_staged_elements=staging.teacher_elements,
+            teacher_slots=self.plan.section(Section.TEACHER_SLOTS),
+            teacher_unit_offsets=problem.teacher_device_unit_offsets,
+            **self.stored_maps(),
+            difference=difference,
+            distances=distances,
+            units=self.plan.section(Section.UNITS),
+            unit_tiles=self.plan.section(Section.UNIT_TILES),
+            first_tile=staging.tiles.start,
+            first_unit=slab.units.start,
+            last_unit=slab.units.stop,
+            total_units=problem.total_units,
+            METRIC=problem.metric,
+            FACTOR=self.difference_scale,
+            **self.place(slab),
+            **COMPARISON.options,
+        )
+
+    def head_means(self, side: Side, statistics: dict, slab: Slab, slots: range, origin: int, elements: int) -> Tensor:
+        """(groups, elements): rows of slots, columns of tokens."""
+        prefix = "TEACHER_" if side.is_teacher else ""
+        runs = self.plan.runs(slots, Section[f"{prefix}RUNS"])
+        staged = self.empty(len(slab.groups), elements)
+
+        def run(own: Configuration) -> None:
+            pairs = ExampleField[f"{prefix}RUN_PAIRS_{own.block_n}"]
+            covered = self.plan.pairs(runs, slab.examples, ExampleField[f"{prefix}RUNS"], pairs)
+            self.run(
+                head_mean_fwd_kernel,
+                (len(covered), len(slab.groups)),
+                **side.operands(own, self.arch),
+                **side.bias(),
+                **statistics,
+                scale=side.score_scale,
+                total_tokens=side.q.shape[0],
+                staged=staged,
+                segment_table=self.segment_table,
+                example_table=self.example_table,
+                num_examples=self.problem.num_examples,
+                runs=self.plan.section(Section[f"{prefix}RUNS"]),
+                units=self.plan.section(Section[f"{prefix}UNITS"]),
+                slots=self.plan.section(Section[f"{prefix}SLOTS"]),
+                first_pair=covered.start,
+                first_slot=slots.start,
+                last_slot=slots.stop,
+                first_group=slab.groups.start,
+                staged_origin=origin,
+                staged_elements=elements,
+                SEGMENTS=self.problem.segments,
+                PAIRS=int(pairs),
+                JOINT=self.is_joint,
+                MERGED=side.q.shape[0] != self.problem.total_units,
+                INDEX=self.index,
+                BLOCK_EXAMPLES=self.block_examples,
+                **side.staging,
+                **side.shape(self.problem.num_head_groups),
+                **own.options,
+            )
+
+        self.launch("head_mean", [side], run)
+        return staged
+
+    def block_losses(
+        self, slab: Slab, options: LossOptions, distances: Tensor, losses: Tensor, coefficients: Tensor | None
+    ) -> None:
+        """The losses of a slab's blocks, and the derivatives of the whole loss by its rows' distances."""
+        problem = self.problem
+        self.run(
+            block_loss_fwd_kernel,
+            (len(slab.segments), problem.segments, len(slab.groups)),
+            distances=distances,
+            row_weights=options.row_weights,
+            losses=losses,
+            coefficients=coefficients,
+            segment_table=self.segment_table,
+            first_segment=slab.segments.start,
+            first_group=slab.groups.start,
+            num_segments=losses.shape[1],
+            total_units=problem.total_units,
+            intra_weight=options.intra_weight,
+            inter_weight=options.inter_weight,
+            averaged=problem.num_head_groups * problem.num_examples,
+            SEGMENTS=problem.segments,
+            REDUCTION=options.reduction,
+            INDEX=self.index,
+            BLOCK_M=BLOCK_LOSS_ROWS,
+        )
+
+    def total_loss(self, options: LossOptions, losses: Tensor) -> list[Tensor]:
+        """The scalars loss, intra and inter."""
+        scalars = [self.empty() for _ in range(3)]
+        self.run(
+            total_loss_fwd_kernel,
+            (1,),
+            losses=losses,
+            **dict(zip(("loss", "intra", "inter"), scalars, strict=True)),
+            num_blocks=losses.numel(),
+            num_segments=losses.shape[1],
+            intra_weight=options.intra_weight,
+            inter_weight=options.inter_weight,
+            averaged=self.problem.num_head_groups * self.problem.num_examples,
+            SEGMENTS=self.problem.segments,
+            BLOCK=BLOCK_LOSS_ROWS,
+        )
+        return scalars
+
+    def gradients(self, slab: Slab, difference: Tensor, coefficients: Tensor, gradients: Gradients) -> None:
+        """dq of the slab's rows and groups, and their part of dk."""
+        side, problem = self.student, self.problem
+        heads = side.num_heads // problem.num_head_groups
+        shared = {
+            **self.statistics,
+            "scale": side.score_scale,
+            "softmax_scale": side.softmax_scale,
+            "delta": gradients.delta,
+            "total_tokens": side.q.shape[0],
+            "difference": difference,
+            "coefficients": coefficients,
+            "units": self.plan.section(Section.UNITS) if self.student_is_merged else None,
+            "unit_offsets": problem.device_unit_offsets,
+            "first_row": slab.tokens.start,
+            "last_row": slab.tokens.stop,
+            "total_units": problem.total_units,
+            "JOINT": self.is_joint,
+            "SCALED": 1 / self.difference_scale if problem.q.dtype == torch.float16 else 0.0,
+            "FACTOR": (2 if problem.metric == "l2" else 1) / (heads * self.difference_scale),
+            **self.place(slab),
+            **side.shape(problem.num_head_groups),
+        }
+
+        def run_queries(own: Configuration) -> None:
+            tiles = self.plan.row_tiles(slab.tokens, slab.segments, own.block_m)
+            self.run(
+                query_gradient_bwd_kernel,
+                (len(tiles) * heads * len(slab.groups),),
+                **side.operands(own, self.arch),
+                dq=gradients.dq,
+                row_tiles=self.plan.section(side.rows[own.block_m]),
+                first_tile=tiles.start,
+                num_heads_of_slab=heads * len(slab.groups),
+                **shared,
+                **own.options,
+            )
+
+        segments = range(slab.examples.start * problem.segments, slab.examples.stop * problem.segments)
+        partial_dk = gradients.partial_dk(slab, self.plan)
+
+        def run_keys(own: Configuration) -> None:
+            first, last = (self.plan.tiles_before(segment, own.block_n) for segment in (segments.start, segments.stop))
+            self.run(
+                key_gradient_bwd_kernel,
+                ((last - first) * side.k.shape[1],),
+                **side.operands(own, self.arch),
+                dk=gradients.dk,
+                partial_dk=partial_dk,
+                partial_first=self.plan.tokens(segments.start).start,
+                key_tiles=self.plan.section(side.rows[own.block_n]),
+                first_tile=first,
+                last_group=slab.groups.stop,
+                BEGINS=slab.begins,
+                ENDS=slab.ends,
+                **shared,
+                **own.options,
+            )
+
+        self.launch("query_gradient", [side], run_queries)
+        self.launch("key_gradient", [side], run_keys, repeats=slab.begins)
+
+
+class Gradients:
+    """dq and dk of a batch, the deltas between them, and dk so far of an example that has several slabs."""
+
+    def __init__(self, batch: Batch, dtype: torch.dtype):
+        self.dq, self.dk = (torch.empty_like(side, dtype=dtype) for side in (batch.student.q, batch.student.k))
+        self.delta = torch.empty_like(batch.statistics["logsumexp"])
+        self._partial_dk = None
+
+    def partial_dk(self, slab: Slab, plan: Plan) -> Tensor:
+        """(tokens of the example, num_kv_heads, head_dim) float32; any tensor where the slab needs none."""
+        if slab.begins and slab.ends:
+            return self.dk
+        if slab.begins:
+            segments = plan.example_segments(slab.examples.start)
+            tokens = plan.tokens(segments.stop - 1).stop - plan.tokens(segments.start).start
+            self._partial_dk = self.dk.new_empty((tokens, *self.dk.shape[1:]), dtype=torch.float32)
+        return self._partial_dk

@@ -1,0 +1,282 @@
+"""Student's minus teacher's map where a unit is a token on both sides: no map of either leaves the registers.
+
+1 product and 1 exp an element and head, of both models.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from idrm_kernels.impl.triton.head_mean import mean_probabilities
+from idrm_kernels.impl.triton.primitives import (
+    COLUMN,
+    FIRST_TOKEN,
+    ORIGIN,
+    SEGMENT_FIELDS,
+    WIDTH,
+    pair_of,
+    segment_field,
+    segment_tokens,
+)
+
+
+@triton.jit
+def compared(b_student, b_teacher, METRIC: tl.constexpr):
+    """The terms of a row distance and its derivatives by the student's map (DESIGN sections 2 and 2.1).
+
+    The l2 derivative lacks its factor 2.
+    """
+    if METRIC == "l2":
+        derivative = b_student - b_teacher
+        terms = derivative * derivative
+    else:
+        clamped = tl.maximum(b_student, 1e-30)
+        log_ratio = tl.log(tl.where(b_teacher > 0, b_teacher, 1.0)) - tl.log(clamped)
+        terms = b_teacher * log_ratio - b_teacher + b_student
+        derivative = 1.0 - tl.where(b_student > 1e-30, b_teacher / clamped, 0.0)
+    return terms, derivative
+
+
+@triton.jit(
+    do_not_specialize=[
+        "total_tokens",
+        "max_delta",
+        "num_slots",
+        "max_units",
+        "num_groups",
+        "num_examples",
+        "first_pair",
+        "first_row",
+        "last_row",
+        "first_group",
+        "slab_origin",
+        "slab_elements",
+    ]
+)
+def difference_fwd_kernel(
+    q,
+    k,
+    q_descriptor,
+    k_descriptor,
+    scale,
+    logsumexp,
+    row_maximum,
+    total_tokens,
+    teacher_q,
+    teacher_k,
+    teacher_q_descriptor,
+    teacher_k_descriptor,
+    positions,
+    slot_of_delta,
+    c2p,
+    p2c,
+    max_delta,
+    num_slots,
+    teacher_scale,
+    teacher_logsumexp,
+    teacher_row_maximum,
+    maps,
+    max_units,
+    num_groups,
+    difference,
+    partial_distances,
+    segment_table,
+    example_table,
+    num_examples,
+    row_tiles,
+    first_pair,
+    first_row,
+    last_row,
+    first_group,
+    slab_origin,
+    slab_elements,
+    SEGMENTS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TEACHER_NUM_HEADS: tl.constexpr,
+    TEACHER_NUM_KV_HEADS: tl.constexpr,
+    TEACHER_HEADS: tl.constexpr,
+    TEACHER_HEAD_DIM: tl.constexpr,
+    TEACHER_CAUSAL: tl.constexpr,
+    TEACHER_PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    JOINT: tl.constexpr,
+    METRIC: tl.constexpr,
+    FACTOR: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_EXAMPLES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TEACHER_BLOCK_D: tl.constexpr,
+):
+    """A program has one row tile, column tile and group.
+
+    difference (groups, rows of the slab, columns), the derivatives times FACTOR; None where nothing needs them.
+    partial_distances: the same with a column for a column tile, its share of the row distances; or None.
+    """
+    example, row_tile, key_segment, column_tile = pair_of(
+        segment_table,
+        example_table,
+        num_examples,
+        first_pair + tl.program_id(0),
+        SEGMENTS,
+        PAIRS,
+        ROWS,
+        FIRST_TOKEN,
+        BLOCK_N,
+        BLOCK_EXAMPLES,
+    )
+    i_g = tl.program_id(1)
+    query_segment = tl.load(row_tiles + row_tile * 3).to(tl.int32)
+    q_first = tl.load(row_tiles + row_tile * 3 + 1).to(INDEX)
+    q_last = tl.load(row_tiles + row_tile * 3 + 2).to(INDEX)
+    segment_first, segment_last = segment_tokens(segment_table, key_segment, FIRST_TOKEN, INDEX)
+    k_first = segment_first + column_tile * BLOCK_N
+    support = key_segment - example * SEGMENTS
+    if JOINT:
+        support = support * 0
+    o_i = tl.arange(0, BLOCK_M)
+    o_j = tl.arange(0, BLOCK_N)
+    m_j = o_j < segment_last - k_first
+    if maps is None:
+        b_t = mean_probabilities(
+            teacher_q,
+            teacher_k,
+            teacher_q_descriptor,
+            teacher_k_descriptor,
+            positions,
+            slot_of_delta,
+            c2p,
+            p2c,
+            max_delta,
+            num_slots,
+            tl.cast(teacher_scale, tl.float32),
+            teacher_logsumexp,
+            teacher_row_maximum,
+            total_tokens,
+            q_first,
+            q_last,
+            k_first,
+            segment_last,
+            support,
+            first_group + i_g,
+            TEACHER_NUM_HEADS,
+            TEACHER_NUM_KV_HEADS,
+            TEACHER_HEADS,
+            TEACHER_HEAD_DIM,
+            TEACHER_CAUSAL,
+            TEACHER_PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            TEACHER_BLOCK_D,
+        )
+    else:
+        example_first = segment_field(segment_table, example * SEGMENTS, FIRST_TOKEN, INDEX)
+        map_row = (example * num_groups + first_group + i_g).to(INDEX) * max_units + q_first - example_first
+        p_t = maps + map_row * max_units + k_first - example_first + o_i[:, None] * max_units + o_j[None, :]
+        b_t = tl.load(p_t, mask=(o_i < q_last - q_first)[:, None] & m_j[None, :], other=0.0).to(tl.float32)
+    b_s = mean_probabilities(
+        q,
+        k,
+        q_descriptor,
+        k_descriptor,
+        None,
+        None,
+        None,
+        None,
+        0,
+        0,
+        tl.cast(scale, tl.float32),
+        logsumexp,
+        row_maximum,
+        total_tokens,
+        q_first,
+        q_last,
+        k_first,
+        segment_last,
+        support,
+        first_group + i_g,
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEADS,
+        HEAD_DIM,
+        CAUSAL,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    terms, derivative = compared(b_s, b_t, METRIC)  # [BLOCK_M, BLOCK_N]
+    width = segment_field(segment_table, query_segment, WIDTH, INDEX)
+    segment_row = segment_field(segment_table, query_segment, FIRST_TOKEN, INDEX)
+    origin = (tl.load(segment_table + query_segment * SEGMENT_FIELDS + ORIGIN) - slab_origin).to(INDEX)
+    origin += tl.cast(i_g, INDEX) * slab_elements + (q_first - segment_row) * width
+    origin += segment_field(segment_table, key_segment, COLUMN, INDEX) + column_tile * BLOCK_N
+    row = q_first + o_i
+    m_i = (row < q_last) & (row >= first_row) & (row < last_row)
+    if difference is not None:
+        p_d = difference + origin + o_i[:, None] * width + o_j[None, :]
+        tl.store(p_d, (derivative * FACTOR).to(difference.dtype.element_ty), mask=m_i[:, None] & m_j[None, :])
+    if partial_distances is not None:
+        b_d = tl.sum(tl.where(m_j[None, :], terms, 0.0), 1)
+        tl.store(partial_distances + (origin + o_i * width) // BLOCK_N, b_d, mask=m_i)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_tile",
+        "first_row",
+        "last_row",
+        "first_group",
+        "slab_origin",
+        "slab_elements",
+        "total_units",
+    ]
+)
+def row_distance_fwd_kernel(
+    partial_distances,
+    distances,
+    segment_table,
+    row_tiles,
+    first_tile,
+    first_row,
+    last_row,
+    first_group,
+    slab_origin,
+    slab_elements,
+    total_units,
+    SEGMENTS: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """distances (num_head_groups, total_units, segments): the column tiles' shares summed in their order."""
+    i_t = first_tile + tl.program_id(0)
+    i_y = tl.program_id(1)
+    i_g = tl.program_id(2)
+    query_segment = tl.load(row_tiles + i_t * 3).to(tl.int32)
+    q_first = tl.load(row_tiles + i_t * 3 + 1).to(INDEX)
+    q_last = tl.load(row_tiles + i_t * 3 + 2).to(INDEX)
+    key_segment = query_segment // SEGMENTS * SEGMENTS + i_y
+    first, last = segment_tokens(segment_table, key_segment, FIRST_TOKEN, INDEX)
+    width = segment_field(segment_table, query_segment, WIDTH, INDEX)
+    segment_row = segment_field(segment_table, query_segment, FIRST_TOKEN, INDEX)
+    origin = (tl.load(segment_table + query_segment * SEGMENT_FIELDS + ORIGIN) - slab_origin).to(INDEX)
+    origin += tl.cast(i_g, INDEX) * slab_elements + (q_first - segment_row) * width
+    origin += segment_field(segment_table, key_segment, COLUMN, INDEX)
+    o_i = tl.arange(0, BLOCK_M)
+    row = q_first + o_i
+    m_i = (row < q_last) & (row >= first_row) & (row < last_row)
+    b_d = tl.zeros([BLOCK_M], dtype=tl.float32)
+    p_d = partial_distances + (origin + o_i * width) // BLOCK_N
+    for tile in range(tl.cdiv(last - first, BLOCK_N)):
+        b_d += tl.load(p_d + tile, mask=m_i, other=0.0)
+    p_o = distances + (tl.cast(first_group + i_g, INDEX) * total_units + row) * SEGMENTS + i_y
+    tl.store(p_o, tl.maximum(b_d, 0.0), mask=m_i)

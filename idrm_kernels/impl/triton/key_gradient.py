@@ -1,0 +1,307 @@
+"""dk over the rows of a slab and the query heads that share a key head: 2 products and 1 exp an element and head."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from idrm_kernels.impl.triton.primitives import (
+    COLUMN,
+    EDGE,
+    FIRST_TOKEN,
+    FULL,
+    LOG2_E,
+    ORIGIN,
+    ZEROED,
+    load_rows,
+    power_of_two,
+    product,
+    rounded,
+    segment_field,
+    segment_tokens,
+    slab_row,
+)
+from idrm_kernels.impl.triton.query_gradient import row_coefficients
+
+
+@triton.jit
+def key_gradient_step(
+    b_k,
+    b_dk,
+    unit_scale,
+    q_first,
+    q_last,
+    i_h,
+    i_g,
+    i_y,
+    query_segment,
+    k_first,
+    k_last,
+    column,
+    q,
+    q_descriptor,
+    scale,
+    logsumexp,
+    row_maximum,
+    delta,
+    total_tokens,
+    difference,
+    coefficients,
+    units,
+    unit_offsets,
+    segment_table,
+    slab_origin,
+    total_units,
+    SEGMENTS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    JOINT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SCALED: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One row tile and query head: adds dS^T q to b_dk [BLOCK_N, BLOCK_D], which is held in units of unit_scale."""
+    o_i = tl.arange(0, BLOCK_M)
+    o_j = tl.arange(0, BLOCK_N)
+    m_i = o_i < q_last - q_first
+    row = q_first + o_i
+    b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, MODE)
+    if row_maximum is None:
+        b_s = product(b_k, tl.trans(b_q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
+    else:
+        # As the other kernels have it, to the bit: delta cancels only against the probabilities that it was made of.
+        b_s = tl.trans(product(b_q, tl.trans(b_k), None, PRECISION))
+    o_l = tl.cast(i_h, INDEX) * total_tokens + row
+    if not JOINT:
+        o_l += tl.cast(i_y * NUM_HEADS, INDEX) * total_tokens
+    b_l = tl.load(logsumexp + o_l, mask=m_i, other=float("inf"))
+    b_s = b_s * scale
+    if row_maximum is not None:
+        b_s = (b_s - tl.load(row_maximum + o_l, mask=m_i, other=0.0)[None, :]) * LOG2_E
+    b_delta = tl.load(delta + o_l, mask=m_i, other=0.0)
+    b_c = row_coefficients(
+        coefficients, units, unit_offsets, row, m_i, tl.cast(i_g, INDEX), i_y, total_units, SEGMENTS, FACTOR
+    )
+    if SCALED > 0:
+        # Under "joint" a row reaches keys of segments whose own coefficient is 0, through delta.
+        largest = tl.maximum(tl.max(tl.abs(b_c)), tl.max(tl.abs(b_delta)) * SCALED)
+        own = tl.where(largest > 0, power_of_two(largest), unit_scale)
+        b_dk *= unit_scale / own
+        unit_scale = own
+        b_c /= own
+        b_delta /= own
+    if units is None:
+        unit = row
+    else:
+        unit = tl.load(units + row, mask=m_i, other=0).to(INDEX)
+    p_row = slab_row(segment_table, query_segment, unit, slab_origin, ORIGIN, INDEX)
+    m_d = m_i[:, None] & (o_j < k_last - k_first)[None, :]
+    b_d = tl.load(difference + p_row[:, None] + (column + o_j)[None, :], mask=m_d, other=0.0)  # [BLOCK_M, BLOCK_N]
+    probabilities = tl.exp2(b_s - b_l[None, :])
+    if CAUSAL:
+        probabilities = tl.where((k_first + o_j)[:, None] <= row[None, :], probabilities, 0.0)
+    b_ds = probabilities * (tl.trans(b_d).to(tl.float32) * b_c[None, :] - b_delta[None, :])
+    operand, _ = rounded(b_ds, b_q.dtype, PRECISION)
+    return product(operand, b_q, b_dk, PRECISION), unit_scale
+
+
+@triton.jit(
+    do_not_specialize=[
+        "total_tokens",
+        "partial_first",
+        "first_tile",
+        "first_row",
+        "last_row",
+        "first_group",
+        "last_group",
+        "slab_origin",
+        "slab_elements",
+        "total_units",
+    ]
+)
+def key_gradient_bwd_kernel(
+    q,
+    k,
+    q_descriptor,
+    k_descriptor,
+    scale,
+    softmax_scale,
+    logsumexp,
+    row_maximum,
+    delta,
+    total_tokens,
+    difference,
+    coefficients,
+    units,
+    unit_offsets,
+    dk,
+    partial_dk,
+    partial_first,
+    segment_table,
+    key_tiles,
+    first_tile,
+    first_row,
+    last_row,
+    first_group,
+    last_group,
+    slab_origin,
+    slab_elements,
+    total_units,
+    SEGMENTS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    JOINT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BEGINS: tl.constexpr,
+    ENDS: tl.constexpr,
+    SCALED: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dk (total_tokens, num_kv_heads, head_dim); a program has one key tile and key head.
+
+    The rows come in the order group, segment, tile, head. Where an example has several slabs, a slab goes on from
+    partial_dk, the sums of its tokens from partial_first on, where the last one left them: no bit depends on the slabs.
+    """
+    SHARED: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    i_t = first_tile + tl.program_id(0) // NUM_KV_HEADS
+    i_k = tl.program_id(0) % NUM_KV_HEADS
+    key_segment = tl.load(key_tiles + i_t * 3).to(tl.int32)
+    k_first = tl.load(key_tiles + i_t * 3 + 1).to(INDEX)
+    k_last = tl.load(key_tiles + i_t * 3 + 2).to(INDEX)
+    example_segment = key_segment // SEGMENTS * SEGMENTS
+    i_y = key_segment - example_segment
+    segment_first = segment_field(segment_table, key_segment, FIRST_TOKEN, INDEX)
+    column = segment_field(segment_table, key_segment, COLUMN, INDEX) + k_first - segment_first
+    scale = tl.cast(scale, tl.float32)
+    o_j = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    b_k = load_rows(k, k_descriptor, k_first, k_last, i_k, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+    m_k = (o_j < k_last - k_first)[:, None] & (o_d < HEAD_DIM)[None, :]
+    o_k = i_k * HEAD_DIM + o_j[:, None] * (NUM_KV_HEADS * HEAD_DIM) + o_d[None, :]
+    if BEGINS:
+        b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    else:
+        p_p = partial_dk + (k_first - partial_first) * (NUM_KV_HEADS * HEAD_DIM)
+        b_dk = tl.load(p_p + o_k, mask=m_k, other=0.0)
+    unit_scale = tl.full([], 1.0, tl.float32)
+    first_own = tl.maximum(first_group, i_k * SHARED // HEADS)
+    last_own = tl.minimum(last_group, tl.cdiv((i_k + 1) * SHARED, HEADS))
+    for i_g in range(first_own, last_own):
+        first_head = tl.maximum(i_k * SHARED, i_g * HEADS)
+        num_heads = tl.minimum((i_k + 1) * SHARED, (i_g + 1) * HEADS) - first_head
+        group_column = column + tl.cast(i_g - first_group, INDEX) * slab_elements
+        for x in range(SEGMENTS):
+            query_segment = example_segment + x
+            first, last = segment_tokens(segment_table, query_segment, FIRST_TOKEN, INDEX)
+            if CAUSAL:
+                begin = first + (k_first - first) // BLOCK_M * BLOCK_M
+            else:
+                begin = first
+            begin = tl.maximum(begin, first_row)
+            last = tl.minimum(last, last_row)
+            full = tl.maximum((last - begin) // BLOCK_M, 0).to(tl.int32)
+            for step in range(full * num_heads):
+                b_dk, unit_scale = key_gradient_step(
+                    b_k,
+                    b_dk,
+                    unit_scale,
+                    begin + (step // num_heads) * BLOCK_M,
+                    last,
+                    first_head + step % num_heads,
+                    i_g,
+                    i_y,
+                    query_segment,
+                    k_first,
+                    k_last,
+                    group_column,
+                    q,
+                    q_descriptor,
+                    scale,
+                    logsumexp,
+                    row_maximum,
+                    delta,
+                    total_tokens,
+                    difference,
+                    coefficients,
+                    units,
+                    unit_offsets,
+                    segment_table,
+                    slab_origin,
+                    total_units,
+                    SEGMENTS,
+                    NUM_HEADS,
+                    HEAD_DIM,
+                    JOINT,
+                    CAUSAL,
+                    SCALED,
+                    FACTOR,
+                    PRECISION,
+                    INDEX,
+                    FULL,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_D,
+                )
+            if begin + full * BLOCK_M < last:
+                for step in range(num_heads):
+                    b_dk, unit_scale = key_gradient_step(
+                        b_k,
+                        b_dk,
+                        unit_scale,
+                        begin + full * BLOCK_M,
+                        last,
+                        first_head + step,
+                        i_g,
+                        i_y,
+                        query_segment,
+                        k_first,
+                        k_last,
+                        group_column,
+                        q,
+                        q_descriptor,
+                        scale,
+                        logsumexp,
+                        row_maximum,
+                        delta,
+                        total_tokens,
+                        difference,
+                        coefficients,
+                        units,
+                        unit_offsets,
+                        segment_table,
+                        slab_origin,
+                        total_units,
+                        SEGMENTS,
+                        NUM_HEADS,
+                        HEAD_DIM,
+                        JOINT,
+                        CAUSAL,
+                        SCALED,
+                        FACTOR,
+                        PRECISION,
+                        INDEX,
+                        ZEROED,
+                        BLOCK_M,
+                        BLOCK_N,
+                        BLOCK_D,
+                    )
+    b_dk *= unit_scale
+    if ENDS:
+        p_k = dk + k_first * (NUM_KV_HEADS * HEAD_DIM)
+        tl.store(p_k + o_k, (b_dk * tl.cast(softmax_scale, tl.float32)).to(dk.dtype.element_ty), mask=m_k)
+    else:
+        p_p = partial_dk + (k_first - partial_first) * (NUM_KV_HEADS * HEAD_DIM)
+        tl.store(p_p + o_k, b_dk, mask=m_k)

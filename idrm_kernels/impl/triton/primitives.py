@@ -1,0 +1,212 @@
+"""What the kernels share: reading the plan, loading tiles of q and k, scores, probabilities and roundings."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from idrm_kernels import tiles
+
+FIRST_TOKEN = tl.constexpr(int(tiles.SegmentField.FIRST_TOKEN))
+TEACHER_FIRST_TOKEN = tl.constexpr(int(tiles.SegmentField.TEACHER_FIRST_TOKEN))
+FIRST_UNIT = tl.constexpr(int(tiles.SegmentField.FIRST_UNIT))
+COLUMN = tl.constexpr(int(tiles.SegmentField.COLUMN))
+TEACHER_COLUMN = tl.constexpr(int(tiles.SegmentField.TEACHER_COLUMN))
+WIDTH = tl.constexpr(int(tiles.SegmentField.WIDTH))
+TEACHER_WIDTH = tl.constexpr(int(tiles.SegmentField.TEACHER_WIDTH))
+ORIGIN = tl.constexpr(int(tiles.SegmentField.ORIGIN))
+SLOT_ORIGIN = tl.constexpr(int(tiles.SegmentField.SLOT_ORIGIN))
+TEACHER_SLOT_ORIGIN = tl.constexpr(int(tiles.SegmentField.TEACHER_SLOT_ORIGIN))
+SEGMENT_FIELDS = tl.constexpr(len(tiles.SegmentField))
+EXAMPLE_FIELDS = tl.constexpr(len(tiles.ExampleField))
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# Triton's interpreter takes bfloat16 operands of a product for integers.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# How a tile's rows beyond its segment are loaded: there are none; whatever they hold is masked later; as zeros.
+FULL = tl.constexpr(0)
+EDGE = tl.constexpr(1)
+ZEROED = tl.constexpr(2)
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr):
+    """a @ b added to a float32 accumulator, or from 0 where that is None; PRECISION is of float32 operands."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def segment_field(segment_table, segment, FIELD: tl.constexpr, INDEX: tl.constexpr):
+    """One count of a segment as an offset of type INDEX."""
+    return tl.load(segment_table + segment * SEGMENT_FIELDS + FIELD).to(INDEX)
+
+
+@triton.jit
+def segment_tokens(segment_table, segment, FIELD: tl.constexpr, INDEX: tl.constexpr):
+    """A segment's first token and the one after its last; FIELD names the first."""
+    first = segment_field(segment_table, segment, FIELD, INDEX)
+    return first, segment_field(segment_table, segment, FIELD + 1, INDEX)
+
+
+@triton.jit
+def slab_row(segment_table, segment, unit, origin, FIELD: tl.constexpr, INDEX: tl.constexpr):
+    """Where a unit's row begins in a slab whose first element is ``origin`` of the whole batch's; FIELD its origin."""
+    start = (tl.load(segment_table + segment * SEGMENT_FIELDS + FIELD) - origin).to(INDEX)
+    first = segment_field(segment_table, segment, FIRST_UNIT, INDEX)
+    width = segment_field(segment_table, segment, WIDTH, INDEX)
+    return tl.multiple_of(start, 16) + (unit - first) * tl.multiple_of(width, 16)
+
+
+@triton.jit
+def pair_of(
+    segment_table,
+    example_table,
+    num_examples,
+    pair,
+    SEGMENTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_EXAMPLES: tl.constexpr,
+):
+    """The example of a pair of tiles, its row tile in the batch, the key segment, and its column tile there.
+
+    PAIRS and ROWS are the example table's columns that count such pairs and row tiles, TOKENS the field of a key
+    segment's first token.
+    """
+    o_e = tl.arange(0, BLOCK_EXAMPLES)
+    ends = tl.load(example_table + (o_e + 1) * EXAMPLE_FIELDS + PAIRS, mask=o_e < num_examples, other=2**62)
+    example = tl.sum((ends <= pair).to(tl.int32))
+    local = (pair - tl.load(example_table + example * EXAMPLE_FIELDS + PAIRS)).to(tl.int32)
+    num_tiles = 0
+    for y in range(SEGMENTS):
+        first, last = segment_tokens(segment_table, example * SEGMENTS + y, TOKENS, tl.int32)
+        num_tiles += tl.cdiv(last - first, BLOCK_N)
+    row_tile = tl.load(example_table + example * EXAMPLE_FIELDS + ROWS).to(tl.int32) + local // num_tiles
+    column_tile = local % num_tiles
+    key_segment = example * SEGMENTS
+    begin = 0
+    end = 0
+    for y in range(SEGMENTS):
+        first, last = segment_tokens(segment_table, example * SEGMENTS + y, TOKENS, tl.int32)
+        end += tl.cdiv(last - first, BLOCK_N)
+        key_segment += (column_tile >= end).to(tl.int32)
+        begin = tl.where(column_tile >= end, end, begin)
+    column_tile -= begin
+    return example, row_tile, key_segment, column_tile
+
+
+@triton.jit
+def load_rows(
+    pointer,
+    descriptor,
+    first,
+    last,
+    head,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """Rows first .. first + BLOCK of one head of q or k; ``last`` is where they end, MODE what lies beyond."""
+    if descriptor is not None and MODE != ZEROED:
+        rows = descriptor.load([tl.cast(first, tl.int32), head, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        o_r = tl.arange(0, BLOCK)
+        o_d = tl.arange(0, BLOCK_D)
+        p_r = pointer + (first * NUM_HEADS + head) * HEAD_DIM + o_r[:, None] * (NUM_HEADS * HEAD_DIM) + o_d[None, :]
+        if MODE == FULL and BLOCK_D == HEAD_DIM:
+            rows = tl.load(p_r)
+        elif MODE == FULL:
+            rows = tl.load(p_r, mask=(o_d < HEAD_DIM)[None, :], other=0.0)
+        else:
+            rows = tl.load(p_r, mask=(o_r < last - first)[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+    return rows  # [BLOCK, BLOCK_D]
+
+
+@triton.jit
+def scores(
+    b_q,
+    k,
+    k_descriptor,
+    q_first,
+    q_last,
+    k_first,
+    k_last,
+    head,
+    scale,
+    positions,
+    slot_of_delta,
+    c2p,
+    p2c,
+    max_delta,
+    num_slots,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Scores of a tile [BLOCK_M, BLOCK_N], -inf from k_last on; anything from row q_last on.
+
+    In base 2, ``scale`` having the factor log2(e), which the position bias (DESIGN section 2.2) gets here; EXACT ones
+    in base e: the rounding of log2(e) is to meet them when their maximum is gone.
+    """
+    o_i = tl.arange(0, BLOCK_M)
+    o_j = tl.arange(0, BLOCK_N)
+    m_i = o_i < q_last - q_first
+    m_j = o_j < k_last - k_first
+    kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
+    b_k = load_rows(k, k_descriptor, k_first, k_last, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+    b_s = product(b_q, tl.trans(b_k), None, PRECISION) * scale
+    if positions is not None:
+        position_i = tl.load(positions + q_first + o_i, mask=m_i, other=0)
+        position_j = tl.load(positions + k_first + o_j, mask=m_j, other=0)
+        delta = position_i[:, None] - position_j[None, :]
+        slot = tl.load(slot_of_delta + tl.minimum(tl.maximum(delta, -max_delta), max_delta) + max_delta)
+        if c2p is not None:
+            p_i = c2p + (q_first * NUM_HEADS + head) * num_slots + o_i[:, None] * (NUM_HEADS * num_slots)
+            b_s += tl.load(p_i + slot, mask=m_i[:, None], other=0.0).to(tl.float32) * (1.0 if EXACT else LOG2_E)
+        if p2c is not None:
+            p_j = p2c + (k_first * NUM_HEADS + head) * num_slots + o_j[None, :] * (NUM_HEADS * num_slots)
+            b_s += tl.load(p_j + slot, mask=m_j[None, :], other=0.0).to(tl.float32) * (1.0 if EXACT else LOG2_E)
+    if CAUSAL:
+        m_s = (k_first + o_j)[None, :] <= (q_first + o_i)[:, None]
+        b_s = tl.where(m_s & m_j[None, :], b_s, float("-inf"))
+    else:
+        b_s = tl.where(m_j[None, :], b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """What a matrix product reads of float32 values: the operand, and its value in float32."""
+    if dtype != tl.float32:
+        operand = x.to(dtype)
+        value = operand.to(tl.float32)
+    elif PRECISION == "tf32":
+        # To nearest on ten bits: the product would cut them, and the sums beside it must see the same values.
+        operand = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        value = operand
+    else:
+        operand = x
+        value = x
+    return operand, value
+
+
+@triton.jit
+def power_of_two(x):
+    """The largest power of two that is not above x >= 0; 1 for 0."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.where(bits == 0, 1.0, bits.to(tl.float32, bitcast=True))

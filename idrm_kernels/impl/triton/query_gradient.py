@@ -1,0 +1,296 @@
+"""dq, and the delta of every softmax, in one pass over the keys: 3 products and 1 exp an element.
+
+With w = P dP rounded as the matrix product reads it, dq = scale * sum_j w_j (k_j - mean_k): two sums, A of w k and B of
+the rounded P k, and dq = scale * (A - B sum(w) / sum(P)). Every rounding error meets k_j - mean_k, as it would in
+P (dP - delta), so that nothing cancels on attention sinks: docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from idrm_kernels.impl.triton.primitives import (
+    COLUMN,
+    EDGE,
+    FIRST_TOKEN,
+    FULL,
+    LOG2_E,
+    ORIGIN,
+    ZEROED,
+    load_rows,
+    power_of_two,
+    product,
+    rounded,
+    segment_field,
+    segment_tokens,
+    slab_row,
+)
+
+
+@triton.jit
+def row_coefficients(
+    coefficients, units, unit_offsets, o_i, m_i, i_g, i_y, total_units, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr
+):
+    """d loss / d P over the slab's entries for some tokens' rows: the row's coefficient by the tokens of its unit."""
+    if units is None:
+        unit = o_i
+    else:
+        unit = tl.load(units + o_i, mask=m_i, other=0)
+    b_c = tl.load(coefficients + (i_g * total_units + unit) * SEGMENTS + i_y, mask=m_i, other=0.0) * FACTOR
+    if units is not None:
+        last = tl.load(unit_offsets + unit + 1, mask=m_i, other=1)
+        b_c /= (last - tl.load(unit_offsets + unit, mask=m_i, other=0)).to(tl.float32)
+    return b_c
+
+
+@triton.jit
+def query_gradient_step(
+    b_q,
+    b_l,
+    b_m,
+    b_c,
+    b_a,
+    b_b,
+    b_delta,
+    b_w,
+    b_p,
+    p_d,
+    m_i,
+    q_first,
+    k_first,
+    k_last,
+    k,
+    k_descriptor,
+    scale,
+    kv_head,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_MAXIMUM: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One column tile: adds to A, B [BLOCK_M, BLOCK_D] and to the sums of P dP, rounded P dP and rounded P."""
+    o_j = tl.arange(0, BLOCK_N)
+    b_k = load_rows(k, k_descriptor, k_first, k_last, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, MODE)
+    b_s = product(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
+    b_s = b_s * scale
+    if HAS_MAXIMUM:
+        b_s = (b_s - b_m[:, None]) * LOG2_E
+    probabilities = tl.exp2(b_s - b_l[:, None])
+    m_d = m_i[:, None]
+    if MODE != FULL:
+        m_d = m_d & (o_j < k_last - k_first)[None, :]
+    if CAUSAL:
+        m_d = m_d & ((k_first + o_j)[None, :] <= (q_first + tl.arange(0, BLOCK_M))[:, None])
+    if MODE != FULL or CAUSAL:
+        probabilities = tl.where(m_d, probabilities, 0.0)
+    b_d = tl.load(p_d, mask=m_d, other=0.0).to(tl.float32)
+    weighted = probabilities * (b_d * b_c[:, None])
+    b_delta += tl.sum(weighted, 1)
+    operand, value = rounded(weighted, b_k.dtype, PRECISION)
+    b_a = product(operand, b_k, b_a, PRECISION)
+    operand_p, value_p = rounded(probabilities, b_k.dtype, PRECISION)
+    b_b = product(operand_p, b_k, b_b, PRECISION)
+    if b_k.dtype != tl.float32 or PRECISION != "ieee":
+        b_w += tl.sum(value, 1)
+        b_p += tl.sum(value_p, 1)
+    return b_a, b_b, b_delta, b_w, b_p
+
+
+@triton.jit
+def without_mean(b_a, b_b, b_delta, b_w, b_p, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """A - B sum(w) / sum(P) [BLOCK_M, BLOCK_D]."""
+    if dtype == tl.float32 and PRECISION == "ieee":
+        ratio = b_delta
+    else:
+        ratio = tl.where(b_p > 0, b_w / tl.where(b_p > 0, b_p, 1.0), 0.0)
+    return b_a - ratio[:, None] * b_b
+
+
+@triton.jit(
+    do_not_specialize=[
+        "total_tokens",
+        "first_tile",
+        "first_row",
+        "last_row",
+        "first_group",
+        "num_heads_of_slab",
+        "slab_origin",
+        "slab_elements",
+        "total_units",
+    ]
+)
+def query_gradient_bwd_kernel(
+    q,
+    k,
+    q_descriptor,
+    k_descriptor,
+    scale,
+    softmax_scale,
+    logsumexp,
+    row_maximum,
+    total_tokens,
+    difference,
+    coefficients,
+    units,
+    unit_offsets,
+    dq,
+    delta,
+    segment_table,
+    row_tiles,
+    first_tile,
+    first_row,
+    last_row,
+    first_group,
+    num_heads_of_slab,
+    slab_origin,
+    slab_elements,
+    total_units,
+    SEGMENTS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    JOINT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SCALED: tl.constexpr,
+    FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dq (total_tokens, num_heads, head_dim); delta (supports, num_heads, total_tokens); one row tile and head each.
+
+    SCALED rows are multiplied by a power of two while in half precision: float16 would underflow.
+    """
+    i_t = first_tile + tl.program_id(0) // num_heads_of_slab
+    i_h = first_group * HEADS + tl.program_id(0) % num_heads_of_slab
+    i_g = i_h // HEADS
+    query_segment = tl.load(row_tiles + i_t * 3).to(tl.int32)
+    q_first = tl.load(row_tiles + i_t * 3 + 1).to(INDEX)
+    q_last = tl.load(row_tiles + i_t * 3 + 2).to(INDEX)
+    example_segment = query_segment // SEGMENTS * SEGMENTS
+    scale = tl.cast(scale, tl.float32)
+    o_i = tl.arange(0, BLOCK_M)
+    o_j = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    row = q_first + o_i
+    m_i = (row < q_last) & (row >= first_row) & (row < last_row)
+    if units is None:
+        unit = row
+    else:
+        unit = tl.load(units + row, mask=m_i, other=0).to(INDEX)
+    p_row = slab_row(segment_table, query_segment, unit, slab_origin, ORIGIN, INDEX)
+    p_row += tl.cast(i_g - first_group, INDEX) * slab_elements
+    b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
+    row_scale = tl.full([BLOCK_M], 1.0, tl.float32)
+    if SCALED > 0:
+        b_largest = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for y in range(SEGMENTS):
+            b_c = row_coefficients(
+                coefficients, units, unit_offsets, row, m_i, tl.cast(i_g, INDEX), y, total_units, SEGMENTS, FACTOR
+            )
+            b_largest = tl.maximum(b_largest, tl.abs(b_c))
+        row_scale = power_of_two(b_largest)
+    o_head = tl.cast(i_h, INDEX) * total_tokens + row
+    b_a = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_b = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_delta = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_w = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_p = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for y in range(SEGMENTS):
+        first, last = segment_tokens(segment_table, example_segment + y, FIRST_TOKEN, INDEX)
+        p_d = difference + (p_row + segment_field(segment_table, example_segment + y, COLUMN, INDEX))[:, None]
+        p_d += o_j[None, :]
+        if CAUSAL:
+            last = tl.minimum(last, q_last)
+        full = ((last - first) // BLOCK_N).to(tl.int32)
+        o_support = o_head if JOINT else o_head + (y * NUM_HEADS) * tl.cast(total_tokens, INDEX)
+        b_l = tl.load(logsumexp + o_support, mask=m_i, other=float("inf"))
+        b_m = b_l
+        if row_maximum is not None:
+            b_m = tl.load(row_maximum + o_support, mask=m_i, other=0.0)
+        b_c = row_coefficients(
+            coefficients, units, unit_offsets, row, m_i, tl.cast(i_g, INDEX), y, total_units, SEGMENTS, FACTOR
+        )
+        b_c /= row_scale
+        for tile in range(full):
+            b_a, b_b, b_delta, b_w, b_p = query_gradient_step(
+                b_q,
+                b_l,
+                b_m,
+                b_c,
+                b_a,
+                b_b,
+                b_delta,
+                b_w,
+                b_p,
+                p_d + tile * BLOCK_N,
+                m_i,
+                q_first,
+                first + tile * BLOCK_N,
+                last,
+                k,
+                k_descriptor,
+                scale,
+                i_h // (NUM_HEADS // NUM_KV_HEADS),
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                CAUSAL,
+                PRECISION,
+                row_maximum is not None,
+                FULL,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+            )
+        if first + full * BLOCK_N < last:
+            b_a, b_b, b_delta, b_w, b_p = query_gradient_step(
+                b_q,
+                b_l,
+                b_m,
+                b_c,
+                b_a,
+                b_b,
+                b_delta,
+                b_w,
+                b_p,
+                p_d + full * BLOCK_N,
+                m_i,
+                q_first,
+                first + full * BLOCK_N,
+                last,
+                k,
+                k_descriptor,
+                scale,
+                i_h // (NUM_HEADS // NUM_KV_HEADS),
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                CAUSAL,
+                PRECISION,
+                row_maximum is not None,
+                ZEROED,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+            )
+        if not JOINT:
+            b_a = without_mean(b_a, b_b, b_delta, b_w, b_p, b_q.dtype, PRECISION)
+            tl.store(delta + o_support, b_delta * row_scale, mask=m_i)
+            b_b = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+            b_delta = tl.zeros([BLOCK_M], dtype=tl.float32)
+            b_w = tl.zeros([BLOCK_M], dtype=tl.float32)
+            b_p = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if JOINT:
+        b_a = without_mean(b_a, b_b, b_delta, b_w, b_p, b_q.dtype, PRECISION)
+        tl.store(delta + o_head, b_delta * row_scale, mask=m_i)
+    b_a *= (tl.cast(softmax_scale, tl.float32) * row_scale)[:, None]
+    p_q = dq + (q_first * NUM_HEADS + i_h) * HEAD_DIM + o_i[:, None] * (NUM_HEADS * HEAD_DIM) + o_d[None, :]
+    tl.store(p_q, b_a.to(dq.dtype.element_ty), mask=m_i[:, None] & (o_d < HEAD_DIM)[None, :])
