@@ -8,20 +8,14 @@ mma, tcgen05). For AMD: vector registers, spilled ones, LDS and mfma. Needs Trit
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator
 
 import torch
 import triton
 from triton._utils import canonicalize_dtype
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 

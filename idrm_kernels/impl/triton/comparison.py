@@ -21,6 +21,8 @@ from idrm_kernels.impl.triton.primitives import (
     TEACHER_SLOT_ORIGIN,
     TEACHER_WIDTH,
     WIDTH,
+    aligned_field,
+    group_start,
     segment_field,
     segment_tokens,
     slab_row,
@@ -58,10 +60,10 @@ def merged_columns(
     ).to(tl.float32)
     b_first = tl.load(unit_offsets + o_b, mask=m_b, other=0)
     tokens = (tl.load(unit_offsets + o_b + 1, mask=m_b, other=0) - b_first).to(tl.int32)
-    width = segment_field(segment_table, query_segment, WIDTHS, INDEX)
+    width = aligned_field(segment_table, query_segment, WIDTHS, INDEX)
     segment_slot = tl.load(slots + tl.load(segment_table + query_segment * SEGMENT_FIELDS + FIRST_UNIT))
-    origin = (tl.load(segment_table + query_segment * SEGMENT_FIELDS + ORIGINS) - staged_origin).to(INDEX)
-    origin += tl.cast(i_g, INDEX) * staged_elements + segment_field(segment_table, key_segment, COLUMNS, INDEX)
+    origin = slab_row(segment_table, query_segment, staged_origin, ORIGINS, INDEX)
+    origin += group_start(i_g, staged_elements, INDEX) + aligned_field(segment_table, key_segment, COLUMNS, INDEX)
     row = origin + (slot - segment_slot).to(INDEX) * width
     column = (b_first - tl.load(segment_table + key_segment * SEGMENT_FIELDS + TOKENS)).to(INDEX)
     b_u = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -196,10 +198,11 @@ def comparison_fwd_kernel(
             b_t = tl.load(p_t, mask=m_a[:, None] & m_j[None, :], other=0.0).to(tl.float32)
         terms, derivative = compared(b_s, b_t, METRIC)  # [BLOCK_M, BLOCK_N]
         if difference is not None:
-            p_a = slab_row(segment_table, query_segment, o_a, slab_origin, ORIGIN, INDEX)
-            p_a += (
-                tl.cast(i_g, INDEX) * slab_elements + segment_field(segment_table, key_segment, COLUMN, INDEX) - first
-            )
+            first_row = segment_field(segment_table, query_segment, FIRST_UNIT, INDEX)
+            p_a = (o_a - first_row) * aligned_field(segment_table, query_segment, WIDTH, INDEX)
+            p_a += slab_row(segment_table, query_segment, slab_origin, ORIGIN, INDEX)
+            p_a += group_start(i_g, slab_elements, INDEX) - first
+            p_a += aligned_field(segment_table, key_segment, COLUMN, INDEX)
             p_d = difference + p_a[:, None] + o_j[None, :]
             tl.store(p_d, (derivative * FACTOR).to(difference.dtype.element_ty), mask=m_a[:, None] & m_j[None, :])
         if distances is not None:

@@ -13,11 +13,13 @@ from idrm_kernels.impl.triton.primitives import (
     COLUMN,
     FIRST_TOKEN,
     ORIGIN,
-    SEGMENT_FIELDS,
     WIDTH,
+    aligned_field,
+    group_start,
     pair_of,
     segment_field,
     segment_tokens,
+    slab_row,
 )
 
 
@@ -214,16 +216,17 @@ def difference_fwd_kernel(
         BLOCK_D,
     )
     terms, derivative = compared(b_s, b_t, METRIC)  # [BLOCK_M, BLOCK_N]
-    width = segment_field(segment_table, query_segment, WIDTH, INDEX)
+    width = aligned_field(segment_table, query_segment, WIDTH, INDEX)
     segment_row = segment_field(segment_table, query_segment, FIRST_TOKEN, INDEX)
-    origin = (tl.load(segment_table + query_segment * SEGMENT_FIELDS + ORIGIN) - slab_origin).to(INDEX)
-    origin += tl.cast(i_g, INDEX) * slab_elements + (q_first - segment_row) * width
-    origin += segment_field(segment_table, key_segment, COLUMN, INDEX) + column_tile * BLOCK_N
+    origin = slab_row(segment_table, query_segment, slab_origin, ORIGIN, INDEX)
+    origin += group_start(i_g, slab_elements, INDEX) + (q_first - segment_row) * width
+    origin += aligned_field(segment_table, key_segment, COLUMN, INDEX) + column_tile * BLOCK_N
     row = q_first + o_i
     m_i = (row < q_last) & (row >= first_row) & (row < last_row)
     if difference is not None:
         p_d = difference + origin + o_i[:, None] * width + o_j[None, :]
-        tl.store(p_d, (derivative * FACTOR).to(difference.dtype.element_ty), mask=m_i[:, None] & m_j[None, :])
+        # Whole tiles: past the segment's last key there is room for them.
+        tl.store(p_d, (derivative * FACTOR).to(difference.dtype.element_ty), mask=m_i[:, None])
     if partial_distances is not None:
         b_d = tl.sum(tl.where(m_j[None, :], terms, 0.0), 1)
         tl.store(partial_distances + (origin + o_i * width) // BLOCK_N, b_d, mask=m_i)
@@ -266,11 +269,11 @@ def row_distance_fwd_kernel(
     q_last = tl.load(row_tiles + i_t * 3 + 2).to(INDEX)
     key_segment = query_segment // SEGMENTS * SEGMENTS + i_y
     first, last = segment_tokens(segment_table, key_segment, FIRST_TOKEN, INDEX)
-    width = segment_field(segment_table, query_segment, WIDTH, INDEX)
+    width = aligned_field(segment_table, query_segment, WIDTH, INDEX)
     segment_row = segment_field(segment_table, query_segment, FIRST_TOKEN, INDEX)
-    origin = (tl.load(segment_table + query_segment * SEGMENT_FIELDS + ORIGIN) - slab_origin).to(INDEX)
-    origin += tl.cast(i_g, INDEX) * slab_elements + (q_first - segment_row) * width
-    origin += segment_field(segment_table, key_segment, COLUMN, INDEX)
+    origin = slab_row(segment_table, query_segment, slab_origin, ORIGIN, INDEX)
+    origin += group_start(i_g, slab_elements, INDEX) + (q_first - segment_row) * width
+    origin += aligned_field(segment_table, key_segment, COLUMN, INDEX)
     o_i = tl.arange(0, BLOCK_M)
     row = q_first + o_i
     m_i = (row < q_last) & (row >= first_row) & (row < last_row)

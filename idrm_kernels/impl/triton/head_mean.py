@@ -10,12 +10,14 @@ from idrm_kernels.impl.triton.primitives import (
     FIRST_UNIT,
     LOG2_E,
     SEGMENT_FIELDS,
+    aligned_field,
+    group_start,
     load_rows,
     pair_of,
     product,
     scores,
-    segment_field,
     segment_tokens,
+    slab_row,
 )
 
 
@@ -228,10 +230,10 @@ def head_mean_fwd_kernel(
     # A run's rows count from its slot; those of other slabs are theirs to write.
     row_slot = slot + o_r
     m_r = (o_r < num_rows) & (row_slot >= first_slot) & (row_slot < last_slot)
-    width = segment_field(segment_table, query_segment, WIDTHS, INDEX)
+    width = aligned_field(segment_table, query_segment, WIDTHS, INDEX)
     segment_slot = tl.load(slots + tl.load(segment_table + query_segment * SEGMENT_FIELDS + FIRST_UNIT))
-    origin = (tl.load(segment_table + query_segment * SEGMENT_FIELDS + ORIGINS) - staged_origin).to(INDEX)
-    origin += tl.cast(i_g, INDEX) * staged_elements + (slot - segment_slot).to(INDEX) * width
-    origin += segment_field(segment_table, key_segment, COLUMNS, INDEX) + column_tile * BLOCK_N
+    origin = slab_row(segment_table, query_segment, staged_origin, ORIGINS, INDEX)
+    origin += group_start(i_g, staged_elements, INDEX) + (slot - segment_slot).to(INDEX) * width
+    origin += aligned_field(segment_table, key_segment, COLUMNS, INDEX) + column_tile * BLOCK_N
     p_s = staged + origin + o_r[:, None] * width + o_j[None, :]
     tl.store(p_s, b_p, mask=m_r[:, None] & (o_j < segment_last - k_first)[None, :])

@@ -9,10 +9,14 @@ from idrm_kernels.impl.triton.primitives import (
     COLUMN,
     EDGE,
     FIRST_TOKEN,
+    FIRST_UNIT,
     FULL,
     LOG2_E,
     ORIGIN,
+    WIDTH,
     ZEROED,
+    aligned_field,
+    group_start,
     load_rows,
     power_of_two,
     product,
@@ -34,10 +38,10 @@ def key_gradient_step(
     i_h,
     i_g,
     i_y,
-    query_segment,
     k_first,
-    k_last,
-    column,
+    row_origin,
+    first_unit,
+    width,
     q,
     q_descriptor,
     scale,
@@ -49,8 +53,6 @@ def key_gradient_step(
     coefficients,
     units,
     unit_offsets,
-    segment_table,
-    slab_origin,
     total_units,
     SEGMENTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -100,9 +102,9 @@ def key_gradient_step(
         unit = row
     else:
         unit = tl.load(units + row, mask=m_i, other=0).to(INDEX)
-    p_row = slab_row(segment_table, query_segment, unit, slab_origin, ORIGIN, INDEX)
-    m_d = m_i[:, None] & (o_j < k_last - k_first)[None, :]
-    b_d = tl.load(difference + p_row[:, None] + (column + o_j)[None, :], mask=m_d, other=0.0)  # [BLOCK_M, BLOCK_N]
+    # Past the segment's last key there is room for whole tiles; what it holds meets keys that do not exist.
+    o_d = row_origin + (unit - first_unit) * width
+    b_d = tl.load(difference + o_d[:, None] + o_j[None, :], mask=m_i[:, None], other=0.0)  # [BLOCK_M, BLOCK_N]
     probabilities = tl.exp2(b_s - b_l[None, :])
     if CAUSAL:
         probabilities = tl.where((k_first + o_j)[:, None] <= row[None, :], probabilities, 0.0)
@@ -184,7 +186,8 @@ def key_gradient_bwd_kernel(
     example_segment = key_segment // SEGMENTS * SEGMENTS
     i_y = key_segment - example_segment
     segment_first = segment_field(segment_table, key_segment, FIRST_TOKEN, INDEX)
-    column = segment_field(segment_table, key_segment, COLUMN, INDEX) + k_first - segment_first
+    column = aligned_field(segment_table, key_segment, COLUMN, INDEX)
+    column += tl.multiple_of(k_first - segment_first, BLOCK_N)
     scale = tl.cast(scale, tl.float32)
     o_j = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
@@ -202,10 +205,13 @@ def key_gradient_bwd_kernel(
     for i_g in range(first_own, last_own):
         first_head = tl.maximum(i_k * SHARED, i_g * HEADS)
         num_heads = tl.minimum((i_k + 1) * SHARED, (i_g + 1) * HEADS) - first_head
-        group_column = column + tl.cast(i_g - first_group, INDEX) * slab_elements
+        group_column = column + group_start(i_g - first_group, slab_elements, INDEX)
         for x in range(SEGMENTS):
             query_segment = example_segment + x
             first, last = segment_tokens(segment_table, query_segment, FIRST_TOKEN, INDEX)
+            first_unit = segment_field(segment_table, query_segment, FIRST_UNIT, INDEX)
+            width = aligned_field(segment_table, query_segment, WIDTH, INDEX)
+            row_origin = slab_row(segment_table, query_segment, slab_origin, ORIGIN, INDEX) + group_column
             if CAUSAL:
                 begin = first + (k_first - first) // BLOCK_M * BLOCK_M
             else:
@@ -223,10 +229,10 @@ def key_gradient_bwd_kernel(
                     first_head + step % num_heads,
                     i_g,
                     i_y,
-                    query_segment,
                     k_first,
-                    k_last,
-                    group_column,
+                    row_origin,
+                    first_unit,
+                    width,
                     q,
                     q_descriptor,
                     scale,
@@ -238,8 +244,6 @@ def key_gradient_bwd_kernel(
                     coefficients,
                     units,
                     unit_offsets,
-                    segment_table,
-                    slab_origin,
                     total_units,
                     SEGMENTS,
                     NUM_HEADS,
@@ -266,10 +270,10 @@ def key_gradient_bwd_kernel(
                         first_head + step,
                         i_g,
                         i_y,
-                        query_segment,
                         k_first,
-                        k_last,
-                        group_column,
+                        row_origin,
+                        first_unit,
+                        width,
                         q,
                         q_descriptor,
                         scale,
@@ -281,8 +285,6 @@ def key_gradient_bwd_kernel(
                         coefficients,
                         units,
                         unit_offsets,
-                        segment_table,
-                        slab_origin,
                         total_units,
                         SEGMENTS,
                         NUM_HEADS,

@@ -57,8 +57,8 @@ def logsumexp_fwd_kernel(
 ):
     """logsumexp (supports, num_heads, total_tokens) in base 2; a program has one row tile and head.
 
-    With row_maximum, of the same shape, that has the maximum, in base e, and logsumexp the rest: their sum would lose as
-    many bits as large scores have before the point, which float32 in full precision would show.
+    With row_maximum, of the same shape, that has the maximum, in base e, and logsumexp the rest: their sum would lose
+    as many bits as large scores have before the point, which float32 in full precision would show.
     """
     i_t = tl.program_id(0) // NUM_HEADS
     i_h = tl.program_id(0) % NUM_HEADS

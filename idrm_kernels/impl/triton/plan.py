@@ -20,7 +20,7 @@ class Slab(NamedTuple):
     """Rows whose differences are held at once.
 
     Attributes:
-        groups, examples, segments, tokens, units: what it covers; ``units`` are all that ``tokens``, the student's, touch.
+        groups, examples, segments, tokens, units: what it covers; units are all that tokens, the student's, touch.
         origin, elements: its place in, and its part of, a workspace for the whole batch and one head group.
         is_whole: whether it covers every segment to its end, in all its groups' rows.
         begins, ends: whether it is the first or the last one of its examples.

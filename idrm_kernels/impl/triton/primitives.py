@@ -47,6 +47,13 @@ def segment_field(segment_table, segment, FIELD: tl.constexpr, INDEX: tl.constex
 
 
 @triton.jit
+def aligned_field(segment_table, segment, FIELD: tl.constexpr, INDEX: tl.constexpr):
+    """A width or a column of a segment: multiples of the column alignment, which lets whole vectors be loaded."""
+    # Not of segment_field: a hint on what a function returns is lost when it is inlined.
+    return tl.multiple_of(tl.load(segment_table + segment * SEGMENT_FIELDS + FIELD).to(INDEX), 16)
+
+
+@triton.jit
 def segment_tokens(segment_table, segment, FIELD: tl.constexpr, INDEX: tl.constexpr):
     """A segment's first token and the one after its last; FIELD names the first."""
     first = segment_field(segment_table, segment, FIELD, INDEX)
@@ -54,12 +61,16 @@ def segment_tokens(segment_table, segment, FIELD: tl.constexpr, INDEX: tl.conste
 
 
 @triton.jit
-def slab_row(segment_table, segment, unit, origin, FIELD: tl.constexpr, INDEX: tl.constexpr):
-    """Where a unit's row begins in a slab whose first element is ``origin`` of the whole batch's; FIELD its origin."""
-    start = (tl.load(segment_table + segment * SEGMENT_FIELDS + FIELD) - origin).to(INDEX)
-    first = segment_field(segment_table, segment, FIRST_UNIT, INDEX)
-    width = segment_field(segment_table, segment, WIDTH, INDEX)
-    return tl.multiple_of(start, 16) + (unit - first) * tl.multiple_of(width, 16)
+def slab_row(segment_table, segment, origin, FIELD: tl.constexpr, INDEX: tl.constexpr):
+    """Where a segment's first row begins in a slab whose first element is ``origin`` of the whole batch's."""
+    start = tl.load(segment_table + segment * SEGMENT_FIELDS + FIELD) - origin
+    return tl.multiple_of(start.to(INDEX), 16)
+
+
+@triton.jit
+def group_start(i_g, slab_elements, INDEX: tl.constexpr):
+    """Where a slab's i_g-th group begins."""
+    return tl.multiple_of(tl.cast(i_g, INDEX) * slab_elements, 16)
 
 
 @triton.jit

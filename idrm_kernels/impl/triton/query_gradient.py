@@ -14,10 +14,14 @@ from idrm_kernels.impl.triton.primitives import (
     COLUMN,
     EDGE,
     FIRST_TOKEN,
+    FIRST_UNIT,
     FULL,
     LOG2_E,
     ORIGIN,
+    WIDTH,
     ZEROED,
+    aligned_field,
+    group_start,
     load_rows,
     power_of_two,
     product,
@@ -82,14 +86,15 @@ def query_gradient_step(
     if HAS_MAXIMUM:
         b_s = (b_s - b_m[:, None]) * LOG2_E
     probabilities = tl.exp2(b_s - b_l[:, None])
-    m_d = m_i[:, None]
     if MODE != FULL:
-        m_d = m_d & (o_j < k_last - k_first)[None, :]
+        probabilities = tl.where((o_j < k_last - k_first)[None, :], probabilities, 0.0)
     if CAUSAL:
-        m_d = m_d & ((k_first + o_j)[None, :] <= (q_first + tl.arange(0, BLOCK_M))[:, None])
-    if MODE != FULL or CAUSAL:
-        probabilities = tl.where(m_d, probabilities, 0.0)
-    b_d = tl.load(p_d, mask=m_d, other=0.0).to(tl.float32)
+        earlier = (k_first + o_j)[None, :] <= (q_first + tl.arange(0, BLOCK_M))[:, None]
+        probabilities = tl.where(earlier, probabilities, 0.0)
+    b_d = tl.load(p_d, mask=m_i[:, None], other=0.0).to(tl.float32)
+    if MODE != FULL:
+        # Past the last key there is room for the whole tile, and anything in it.
+        b_d = tl.where((o_j < k_last - k_first)[None, :], b_d, 0.0)
     weighted = probabilities * (b_d * b_c[:, None])
     b_delta += tl.sum(weighted, 1)
     operand, value = rounded(weighted, b_k.dtype, PRECISION)
@@ -187,8 +192,10 @@ def query_gradient_bwd_kernel(
         unit = row
     else:
         unit = tl.load(units + row, mask=m_i, other=0).to(INDEX)
-    p_row = slab_row(segment_table, query_segment, unit, slab_origin, ORIGIN, INDEX)
-    p_row += tl.cast(i_g - first_group, INDEX) * slab_elements
+    width = aligned_field(segment_table, query_segment, WIDTH, INDEX)
+    o_row = (unit - segment_field(segment_table, query_segment, FIRST_UNIT, INDEX)) * width
+    o_row += slab_row(segment_table, query_segment, slab_origin, ORIGIN, INDEX)
+    o_row += group_start(i_g - first_group, slab_elements, INDEX)
     b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
     row_scale = tl.full([BLOCK_M], 1.0, tl.float32)
     if SCALED > 0:
@@ -207,7 +214,7 @@ def query_gradient_bwd_kernel(
     b_p = tl.zeros([BLOCK_M], dtype=tl.float32)
     for y in range(SEGMENTS):
         first, last = segment_tokens(segment_table, example_segment + y, FIRST_TOKEN, INDEX)
-        p_d = difference + (p_row + segment_field(segment_table, example_segment + y, COLUMN, INDEX))[:, None]
+        p_d = difference + (o_row + aligned_field(segment_table, example_segment + y, COLUMN, INDEX))[:, None]
         p_d += o_j[None, :]
         if CAUSAL:
             last = tl.minimum(last, q_last)
