@@ -60,11 +60,11 @@ def recorded_launches(arch: str, dtype: str, head_dim: int, variant: str) -> dic
 
     tokens, heads, slots = 256, 4, 512
     q, k = (torch.zeros(tokens, heads, head_dim, dtype=DTYPES[dtype]) for _ in range(2))
-    units = [token - (token + 256) // 257 for token in range(tokens)] if variant == "merged" else None
-    layout = MapLayout.build([0, tokens // 2, tokens], unit_of_token=[u // 2 for u in range(tokens)] if units else None)
+    units = [token // 2 for token in range(tokens)] if "merged" in variant else None
+    layout = MapLayout.build([0, tokens // 2, tokens], unit_of_token=units)
     student = PackedAttention(q, k)
     teacher = PackedAttention(q, k)
-    if variant == "bias":
+    if "bias" in variant:
         tables = [torch.zeros(tokens, heads, slots, dtype=DTYPES[dtype]) for _ in range(2)]
         positions, slot_of_delta = torch.zeros(tokens, dtype=torch.int32), torch.zeros(1023, dtype=torch.int32)
         teacher = PackedAttention(q, k, position_bias=DisentangledBias(positions, slot_of_delta, *tables))
@@ -73,10 +73,16 @@ def recorded_launches(arch: str, dtype: str, head_dim: int, variant: str) -> dic
     launches = {}
 
     def record(kernel, grid, **arguments) -> None:
-        launches.setdefault(kernel.fn.__name__, (kernel, arguments))
+        name = kernel.fn.__name__ + (" with bias" if arguments.get("positions") is not None else "")
+        launches.setdefault(name, (kernel, arguments))
 
     problem = MapProblem(*_flat(student, teacher, layout, "l2", "block", 1, 64 << 20))
-    loss_of(Batch(problem, arch=arch, run=record), LossOptions(None, "frobenius", 1.0, 1.0, True))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        loss_of(Batch(problem, arch=arch, run=record), LossOptions(None, "frobenius", 1.0, 1.0, True))
+    finally:
+        torch.set_float32_matmul_precision(precision)
     return launches
 
 

@@ -1,11 +1,20 @@
-"""Real data and the real encoder that tests of every package share."""
+"""Real data and the real encoder that tests of every package share; Triton's kernels on whatever there is."""
 
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which is chosen before they are imported. Only in this
+# process: commands that tests start run as a user's would.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    import triton
+
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
 
 # A deadline per example fails tests on a busy machine and says nothing of the code.
 settings.register_profile("no deadline", deadline=None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import ChainMap
+from random import Random
 
 import torch
 from torch import Tensor
@@ -165,6 +167,53 @@ def make_layout(case: Case, generator: torch.Generator, device: torch.device | s
     )
     segment = torch.repeat_interleave(teacher_cu_seqlens.diff()) % segments
     return layout, torch.arange(int(teacher_cu_seqlens[-1])) - starts + segment + 1
+
+
+# What pairwise_cases combines: fields of Case, alternatives that belong together in one.
+OPTIONS = {
+    "dtype": [{"dtype": dtype} for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+    "lengths": [
+        {"lengths": ((127,), (1,))},
+        {"lengths": ((63,), (64,), (7,)), "causal": True},
+        {"lengths": ((1, 64), (7, 0), (0, 0))},
+        {"lengths": ((63, 1, 7), (0, 3, 2))},
+    ],
+    "teacher": [{"bias": bias} for bias in ("none", "both", "c2p", "p2c")] + [{"teacher": "stored"}],
+    "metric": [{"metric": metric} for metric in ("l2", "kl")],
+    "normalization": [{"normalization": normalization} for normalization in ("block", "joint")],
+    "reduction": [{"reduction": reduction} for reduction in ("frobenius", "row", "row_sq")],
+    "units": [{"merged": merged} for merged in (False, True)],
+    "groups": [{"num_head_groups": groups} for groups in (1, 2, 4)],
+    "kv_heads": [{"num_kv_heads": heads} for heads in (1, 2, 4)],
+    "head_dim": [{"head_dim": head_dim} for head_dim in (32, 64, 80)],
+    "weights": [{"weighted": False}, {"weighted": True}, {"inter_weight": 0.0}, {"intra_weight": 0.3}],
+    "peak": [{"peak": peak} for peak in (1.0, 12.0)],
+}
+
+
+def pairwise_cases() -> list[Case]:
+    """Cases in which any two of OPTIONS' alternatives occur together at least once; the same at every call."""
+    random = Random(0)
+    missing = {
+        frozenset(((one, i), (other, j)))
+        for one, other in itertools.combinations(OPTIONS, 2)
+        for i in range(len(OPTIONS[one]))
+        for j in range(len(OPTIONS[other]))
+    }
+    cases = []
+    while missing:
+        # Candidates around a pair that is missing still; the one with the most such pairs is taken.
+        wanted = dict(min(missing, key=sorted))
+        candidates = [
+            {name: wanted.get(name, random.randrange(len(choices))) for name, choices in OPTIONS.items()}
+            for _ in range(200)
+        ]
+        covered = [set(map(frozenset, itertools.combinations(row.items(), 2))) & missing for row in candidates]
+        best = max(range(len(candidates)), key=lambda index: len(covered[index]))
+        missing -= covered[best]
+        fields = [OPTIONS[name][index] for name, index in candidates[best].items()]
+        cases.append(Case(teacher_heads=4, teacher_head_dim=16, seed=len(cases), **dict(ChainMap(*fields))))
+    return cases
 
 
 def error_bound(same_dtype: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,10 +33,10 @@ def compared(b_student, b_teacher, METRIC: tl.constexpr):
         derivative = b_student - b_teacher
         terms = derivative * derivative
     else:
-        clamped = tl.maximum(b_student, 1e-30)
-        log_ratio = tl.log(tl.where(b_teacher > 0, b_teacher, 1.0)) - tl.log(clamped)
-        terms = b_teacher * log_ratio - b_teacher + b_student
-        derivative = 1.0 - tl.where(b_student > 1e-30, b_teacher / clamped, 0.0)
+        # The logarithm of a quotient near 1 and a difference of close numbers lose no bits to cancellation.
+        quotient = b_teacher / tl.maximum(b_student, 1e-30)
+        terms = b_teacher * tl.log(tl.where(quotient > 0, quotient, 1.0)) + (b_student - b_teacher)
+        derivative = 1.0 - tl.where(b_student > 1e-30, quotient, 0.0)
     return terms, derivative
 
 

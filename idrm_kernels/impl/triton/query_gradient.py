@@ -1,8 +1,9 @@
 """dq, and the delta of every softmax, in one pass over the keys: 3 products and 1 exp an element.
 
-With w = P dP rounded as the matrix product reads it, dq = scale * sum_j w_j (k_j - mean_k): two sums, A of w k and B of
-the rounded P k, and dq = scale * (A - B sum(w) / sum(P)). Every rounding error meets k_j - mean_k, as it would in
-P (dP - delta), so that nothing cancels on attention sinks: docs/kernels.md.
+With w = P (dP - mu) rounded as the matrix product reads it, dq = scale * sum_j w_j (k_j - mean_k): two sums, A of w k
+and B of the rounded P k, and dq = scale * (A - B sum(w) / sum(P)). Every rounding error meets k_j - mean_k, as it would
+in P (dP - delta), so that nothing cancels on attention sinks. Any mu is right; that of the first tile, its part of
+delta, keeps w small where sinks lie first, and makes it 0 where dP is constant: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ def query_gradient_step(
     b_a,
     b_b,
     b_delta,
+    b_mu,
     b_w,
     b_p,
+    is_first,
     p_d,
     m_i,
     q_first,
@@ -78,7 +81,7 @@ def query_gradient_step(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One column tile: adds to A, B [BLOCK_M, BLOCK_D] and to the sums of P dP, rounded P dP and rounded P."""
+    """One column tile: adds to A, B [BLOCK_M, BLOCK_D] and to the sums of P dP, w and rounded P."""
     o_j = tl.arange(0, BLOCK_N)
     b_k = load_rows(k, k_descriptor, k_first, k_last, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, MODE)
     b_s = product(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -96,7 +99,11 @@ def query_gradient_step(
         # Past the last key there is room for the whole tile, and anything in it.
         b_d = tl.where((o_j < k_last - k_first)[None, :], b_d, 0.0)
     weighted = probabilities * (b_d * b_c[:, None])
-    b_delta += tl.sum(weighted, 1)
+    own_delta = tl.sum(weighted, 1)
+    b_delta += own_delta
+    if b_k.dtype != tl.float32 or PRECISION != "ieee":
+        b_mu = tl.where(is_first, own_delta, b_mu)
+        weighted -= probabilities * b_mu[:, None]
     operand, value = rounded(weighted, b_k.dtype, PRECISION)
     b_a = product(operand, b_k, b_a, PRECISION)
     operand_p, value_p = rounded(probabilities, b_k.dtype, PRECISION)
@@ -104,7 +111,7 @@ def query_gradient_step(
     if b_k.dtype != tl.float32 or PRECISION != "ieee":
         b_w += tl.sum(value, 1)
         b_p += tl.sum(value_p, 1)
-    return b_a, b_b, b_delta, b_w, b_p
+    return b_a, b_b, b_delta, b_mu, b_w, b_p
 
 
 @triton.jit
@@ -210,8 +217,10 @@ def query_gradient_bwd_kernel(
     b_a = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_b = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_delta = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_mu = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_w = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_p = tl.zeros([BLOCK_M], dtype=tl.float32)
+    begun = 0
     for y in range(SEGMENTS):
         first, last = segment_tokens(segment_table, example_segment + y, FIRST_TOKEN, INDEX)
         p_d = difference + (o_row + aligned_field(segment_table, example_segment + y, COLUMN, INDEX))[:, None]
@@ -229,7 +238,7 @@ def query_gradient_bwd_kernel(
         )
         b_c /= row_scale
         for tile in range(full):
-            b_a, b_b, b_delta, b_w, b_p = query_gradient_step(
+            b_a, b_b, b_delta, b_mu, b_w, b_p = query_gradient_step(
                 b_q,
                 b_l,
                 b_m,
@@ -237,8 +246,10 @@ def query_gradient_bwd_kernel(
                 b_a,
                 b_b,
                 b_delta,
+                b_mu,
                 b_w,
                 b_p,
+                begun + tile == 0,
                 p_d + tile * BLOCK_N,
                 m_i,
                 q_first,
@@ -259,7 +270,7 @@ def query_gradient_bwd_kernel(
                 BLOCK_D,
             )
         if first + full * BLOCK_N < last:
-            b_a, b_b, b_delta, b_w, b_p = query_gradient_step(
+            b_a, b_b, b_delta, b_mu, b_w, b_p = query_gradient_step(
                 b_q,
                 b_l,
                 b_m,
@@ -267,8 +278,10 @@ def query_gradient_bwd_kernel(
                 b_a,
                 b_b,
                 b_delta,
+                b_mu,
                 b_w,
                 b_p,
+                begun + full == 0,
                 p_d + full * BLOCK_N,
                 m_i,
                 q_first,
@@ -288,7 +301,9 @@ def query_gradient_bwd_kernel(
                 BLOCK_N,
                 BLOCK_D,
             )
-        if not JOINT:
+        if JOINT:
+            begun += (last > first).to(tl.int32)
+        else:
             b_a = without_mean(b_a, b_b, b_delta, b_w, b_p, b_q.dtype, PRECISION)
             tl.store(delta + o_support, b_delta * row_scale, mask=m_i)
             b_b = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)

@@ -75,4 +75,5 @@ def loss_of(batch: Batch, options: LossOptions) -> LossOutput:
     scalars = batch.total_loss(options, losses)
     if options.needs_grad:
         return LossOutput(*scalars, gradients.dq, gradients.dk)
-    return LossOutput(*scalars, torch.empty_like(problem.q[:0]), torch.empty_like(problem.k[:0]))
+    nothing = (torch.empty_like(tensor[:0], dtype=problem.gradient_dtype) for tensor in (problem.q, problem.k))
+    return LossOutput(*scalars, *nothing)
