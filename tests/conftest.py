@@ -11,8 +11,10 @@ from hypothesis import settings
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen before they are imported. Only in this
 # process: commands that tests start run as a user's would.
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"
     import triton
 
+    del os.environ["TRITON_INTERPRET"]
     triton.knobs.propagate_env = False
     triton.knobs.runtime.interpret = True
 

@@ -358,12 +358,10 @@ class Batch:
             "delta": gradients.delta,
             "total_tokens": side.q.shape[0],
             "difference": difference,
-            "coefficients": coefficients,
-            "units": self.plan.section(Section.UNITS) if self.student_is_merged else None,
-            "unit_offsets": problem.device_unit_offsets,
+            "coefficients": gradients.token_coefficients(slab, coefficients),
+            "units": gradients.units,
             "first_row": slab.tokens.start,
             "last_row": slab.tokens.stop,
-            "total_units": problem.total_units,
             "JOINT": self.is_joint,
             "SCALED": 1 / self.difference_scale if problem.q.dtype == torch.float16 else 0.0,
             "FACTOR": (2 if problem.metric == "l2" else 1) / (heads * self.difference_scale),
@@ -411,12 +409,33 @@ class Batch:
 
 
 class Gradients:
-    """dq and dk of a batch, the deltas between them, and dk so far of an example that has several slabs."""
+    """dq and dk of a batch, the deltas between them, and dk so far of an example that has several slabs.
+
+    Attributes:
+        dq, dk: as q and k.
+        delta: (supports, num_heads, total_tokens) float32.
+        units: the unit of every token; None where a unit is a token.
+    """
 
     def __init__(self, batch: Batch, dtype: torch.dtype):
         self.dq, self.dk = (torch.empty_like(side, dtype=dtype) for side in (batch.student.q, batch.student.k))
         self.delta = torch.empty_like(batch.statistics["logsumexp"])
+        self.units = None
+        if batch.student_is_merged:
+            problem = batch.problem
+            self.units = batch.plan.section(Section.UNITS)
+            self._unit_tokens = problem.device_unit_offsets.diff()[:, None]
+            self._coefficients = batch.empty(problem.num_head_groups, len(self.units), problem.segments)
         self._partial_dk = None
+
+    def token_coefficients(self, slab: Slab, coefficients: Tensor) -> Tensor:
+        """(num_head_groups, total_tokens, segments): in the rows of the slab, a unit's coefficients by its tokens."""
+        if self.units is None:
+            return coefficients
+        groups, rows = (slice(own.start, own.stop) for own in (slab.groups, slab.tokens))
+        units = self.units[rows]
+        self._coefficients[groups, rows] = coefficients[groups, units] / self._unit_tokens[units]
+        return self._coefficients
 
     def partial_dk(self, slab: Slab, plan: Plan) -> Tensor:
         """(tokens of the example, num_kv_heads, head_dim) float32; any tensor where the slab needs none."""

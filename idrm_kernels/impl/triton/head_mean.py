@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from idrm_kernels.impl.triton.primitives import (
-    EDGE,
     FIRST_UNIT,
     LOG2_E,
     SEGMENT_FIELDS,
@@ -59,7 +58,7 @@ def mean_probabilities(
     o_support = (support * NUM_HEADS).to(q_first.dtype) * total_tokens + q_first + o_i
     b_p = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for i_h in range(group * HEADS, (group + 1) * HEADS):
-        b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
+        b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
         b_s = scores(
             b_q,
             k,

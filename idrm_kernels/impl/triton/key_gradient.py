@@ -7,14 +7,11 @@ import triton.language as tl
 
 from idrm_kernels.impl.triton.primitives import (
     COLUMN,
-    EDGE,
     FIRST_TOKEN,
     FIRST_UNIT,
-    FULL,
     LOG2_E,
     ORIGIN,
     WIDTH,
-    ZEROED,
     aligned_field,
     group_start,
     load_rows,
@@ -52,8 +49,6 @@ def key_gradient_step(
     difference,
     coefficients,
     units,
-    unit_offsets,
-    total_units,
     SEGMENTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -63,7 +58,6 @@ def key_gradient_step(
     FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
-    MODE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -73,7 +67,7 @@ def key_gradient_step(
     o_j = tl.arange(0, BLOCK_N)
     m_i = o_i < q_last - q_first
     row = q_first + o_i
-    b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, MODE)
+    b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
     if row_maximum is None:
         b_s = product(b_k, tl.trans(b_q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
     else:
@@ -87,9 +81,7 @@ def key_gradient_step(
     if row_maximum is not None:
         b_s = (b_s - tl.load(row_maximum + o_l, mask=m_i, other=0.0)[None, :]) * LOG2_E
     b_delta = tl.load(delta + o_l, mask=m_i, other=0.0)
-    b_c = row_coefficients(
-        coefficients, units, unit_offsets, row, m_i, tl.cast(i_g, INDEX), i_y, total_units, SEGMENTS, FACTOR
-    )
+    b_c = row_coefficients(coefficients, row, m_i, tl.cast(i_g, INDEX), i_y, total_tokens, SEGMENTS, FACTOR)
     if SCALED > 0:
         # Under "joint" a row reaches keys of segments whose own coefficient is 0, through delta.
         largest = tl.maximum(tl.max(tl.abs(b_c)), tl.max(tl.abs(b_delta)) * SCALED)
@@ -124,7 +116,6 @@ def key_gradient_step(
         "last_group",
         "slab_origin",
         "slab_elements",
-        "total_units",
     ]
 )
 def key_gradient_bwd_kernel(
@@ -141,7 +132,6 @@ def key_gradient_bwd_kernel(
     difference,
     coefficients,
     units,
-    unit_offsets,
     dk,
     partial_dk,
     partial_first,
@@ -154,7 +144,6 @@ def key_gradient_bwd_kernel(
     last_group,
     slab_origin,
     slab_elements,
-    total_units,
     SEGMENTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -191,7 +180,7 @@ def key_gradient_bwd_kernel(
     scale = tl.cast(scale, tl.float32)
     o_j = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
-    b_k = load_rows(k, k_descriptor, k_first, k_last, i_k, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+    b_k = load_rows(k, k_descriptor, k_first, k_last, i_k, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D)
     m_k = (o_j < k_last - k_first)[:, None] & (o_d < HEAD_DIM)[None, :]
     o_k = i_k * HEAD_DIM + o_j[:, None] * (NUM_KV_HEADS * HEAD_DIM) + o_d[None, :]
     if BEGINS:
@@ -218,8 +207,8 @@ def key_gradient_bwd_kernel(
                 begin = first
             begin = tl.maximum(begin, first_row)
             last = tl.minimum(last, last_row)
-            full = tl.maximum((last - begin) // BLOCK_M, 0).to(tl.int32)
-            for step in range(full * num_heads):
+            num_tiles = tl.maximum(tl.cdiv(last - begin, BLOCK_M), 0).to(tl.int32)
+            for step in range(num_tiles * num_heads):
                 b_dk, unit_scale = key_gradient_step(
                     b_k,
                     b_dk,
@@ -243,8 +232,6 @@ def key_gradient_bwd_kernel(
                     difference,
                     coefficients,
                     units,
-                    unit_offsets,
-                    total_units,
                     SEGMENTS,
                     NUM_HEADS,
                     HEAD_DIM,
@@ -254,52 +241,10 @@ def key_gradient_bwd_kernel(
                     FACTOR,
                     PRECISION,
                     INDEX,
-                    FULL,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_D,
                 )
-            if begin + full * BLOCK_M < last:
-                for step in range(num_heads):
-                    b_dk, unit_scale = key_gradient_step(
-                        b_k,
-                        b_dk,
-                        unit_scale,
-                        begin + full * BLOCK_M,
-                        last,
-                        first_head + step,
-                        i_g,
-                        i_y,
-                        k_first,
-                        row_origin,
-                        first_unit,
-                        width,
-                        q,
-                        q_descriptor,
-                        scale,
-                        logsumexp,
-                        row_maximum,
-                        delta,
-                        total_tokens,
-                        difference,
-                        coefficients,
-                        units,
-                        unit_offsets,
-                        total_units,
-                        SEGMENTS,
-                        NUM_HEADS,
-                        HEAD_DIM,
-                        JOINT,
-                        CAUSAL,
-                        SCALED,
-                        FACTOR,
-                        PRECISION,
-                        INDEX,
-                        ZEROED,
-                        BLOCK_M,
-                        BLOCK_N,
-                        BLOCK_D,
-                    )
     b_dk *= unit_scale
     if ENDS:
         p_k = dk + k_first * (NUM_KV_HEADS * HEAD_DIM)

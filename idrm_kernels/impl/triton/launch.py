@@ -103,7 +103,10 @@ class Side(NamedTuple):
         aligned = tensor.data_ptr() % 16 == 0 and self.head_dim * tensor.itemsize % 16 == 0
         if not uses_descriptors(arch) or not aligned:
             return None
-        return TensorDescriptor.from_tensor(tensor, [block, 1, block_d(self.head_dim)])
+        width = block_d(self.head_dim)
+        if width == self.head_dim:
+            return TensorDescriptor.from_tensor(tensor.flatten(1), [block, width])
+        return TensorDescriptor.from_tensor(tensor, [block, 1, width])
 
     def bias(self) -> dict:
         """The position bias; None where there is none."""

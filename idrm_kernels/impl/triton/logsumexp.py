@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from idrm_kernels.impl.triton.primitives import EDGE, LOG2_E, load_rows, scores, segment_tokens
+from idrm_kernels.impl.triton.primitives import LOG2_E, load_rows, scores, segment_tokens
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def logsumexp_fwd_kernel(
     scale = tl.cast(scale, tl.float32)
     o_i = tl.arange(0, BLOCK_M)
     m_i = o_i < q_last - q_first
-    b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
+    b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     o_l = tl.cast(i_h, INDEX) * total_tokens + q_first + o_i

@@ -25,11 +25,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # Triton's interpreter takes bfloat16 operands of a product for integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# How a tile's rows beyond its segment are loaded: there are none; whatever they hold is masked later; as zeros.
-FULL = tl.constexpr(0)
-EDGE = tl.constexpr(1)
-ZEROED = tl.constexpr(2)
-
 
 @triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr):
@@ -124,21 +119,17 @@ def load_rows(
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MODE: tl.constexpr,
 ):
-    """Rows first .. first + BLOCK of one head of q or k; ``last`` is where they end, MODE what lies beyond."""
-    if descriptor is not None and MODE != ZEROED:
-        rows = descriptor.load([tl.cast(first, tl.int32), head, 0]).reshape(BLOCK, BLOCK_D)
-    else:
+    """Rows first .. first + BLOCK of one head of q or k; from ``last`` on anything finite, for the caller to mask."""
+    if descriptor is None:
         o_r = tl.arange(0, BLOCK)
         o_d = tl.arange(0, BLOCK_D)
         p_r = pointer + (first * NUM_HEADS + head) * HEAD_DIM + o_r[:, None] * (NUM_HEADS * HEAD_DIM) + o_d[None, :]
-        if MODE == FULL and BLOCK_D == HEAD_DIM:
-            rows = tl.load(p_r)
-        elif MODE == FULL:
-            rows = tl.load(p_r, mask=(o_d < HEAD_DIM)[None, :], other=0.0)
-        else:
-            rows = tl.load(p_r, mask=(o_r < last - first)[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+        rows = tl.load(p_r, mask=(o_r < last - first)[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+    elif BLOCK_D == HEAD_DIM:
+        rows = descriptor.load([tl.cast(first, tl.int32), head * HEAD_DIM])
+    else:
+        rows = descriptor.load([tl.cast(first, tl.int32), head, 0]).reshape(BLOCK, BLOCK_D)
     return rows  # [BLOCK, BLOCK_D]
 
 
@@ -179,7 +170,7 @@ def scores(
     m_i = o_i < q_last - q_first
     m_j = o_j < k_last - k_first
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
-    b_k = load_rows(k, k_descriptor, k_first, k_last, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, EDGE)
+    b_k = load_rows(k, k_descriptor, k_first, k_last, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D)
     b_s = product(b_q, tl.trans(b_k), None, PRECISION) * scale
     if positions is not None:
         position_i = tl.load(positions + q_first + o_i, mask=m_i, other=0)

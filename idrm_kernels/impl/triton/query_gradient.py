@@ -13,14 +13,11 @@ import triton.language as tl
 
 from idrm_kernels.impl.triton.primitives import (
     COLUMN,
-    EDGE,
     FIRST_TOKEN,
     FIRST_UNIT,
-    FULL,
     LOG2_E,
     ORIGIN,
     WIDTH,
-    ZEROED,
     aligned_field,
     group_start,
     load_rows,
@@ -34,19 +31,9 @@ from idrm_kernels.impl.triton.primitives import (
 
 
 @triton.jit
-def row_coefficients(
-    coefficients, units, unit_offsets, o_i, m_i, i_g, i_y, total_units, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr
-):
-    """d loss / d P over the slab's entries for some tokens' rows: the row's coefficient by the tokens of its unit."""
-    if units is None:
-        unit = o_i
-    else:
-        unit = tl.load(units + o_i, mask=m_i, other=0)
-    b_c = tl.load(coefficients + (i_g * total_units + unit) * SEGMENTS + i_y, mask=m_i, other=0.0) * FACTOR
-    if units is not None:
-        last = tl.load(unit_offsets + unit + 1, mask=m_i, other=1)
-        b_c /= (last - tl.load(unit_offsets + unit, mask=m_i, other=0)).to(tl.float32)
-    return b_c
+def row_coefficients(coefficients, o_i, m_i, i_g, i_y, total_tokens, SEGMENTS: tl.constexpr, FACTOR: tl.constexpr):
+    """d loss / d P over the slab's entries for some tokens' rows."""
+    return tl.load(coefficients + (i_g * total_tokens + o_i) * SEGMENTS + i_y, mask=m_i, other=0.0) * FACTOR
 
 
 @triton.jit
@@ -76,28 +63,23 @@ def query_gradient_step(
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_MAXIMUM: tl.constexpr,
-    MODE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One column tile: adds to A, B [BLOCK_M, BLOCK_D] and to the sums of P dP, w and rounded P."""
     o_j = tl.arange(0, BLOCK_N)
-    b_k = load_rows(k, k_descriptor, k_first, k_last, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D, MODE)
+    b_k = load_rows(k, k_descriptor, k_first, k_last, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D)
     b_s = product(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
     b_s = b_s * scale
     if HAS_MAXIMUM:
         b_s = (b_s - b_m[:, None]) * LOG2_E
-    probabilities = tl.exp2(b_s - b_l[:, None])
-    if MODE != FULL:
-        probabilities = tl.where((o_j < k_last - k_first)[None, :], probabilities, 0.0)
+    m_j = (o_j < k_last - k_first)[None, :]
     if CAUSAL:
-        earlier = (k_first + o_j)[None, :] <= (q_first + tl.arange(0, BLOCK_M))[:, None]
-        probabilities = tl.where(earlier, probabilities, 0.0)
-    b_d = tl.load(p_d, mask=m_i[:, None], other=0.0).to(tl.float32)
-    if MODE != FULL:
-        # Past the last key there is room for the whole tile, and anything in it.
-        b_d = tl.where((o_j < k_last - k_first)[None, :], b_d, 0.0)
+        m_j &= (k_first + o_j)[None, :] <= (q_first + tl.arange(0, BLOCK_M))[:, None]
+    probabilities = tl.where(m_j, tl.exp2(b_s - b_l[:, None]), 0.0)
+    # Past the last key there is room for the whole tile, and anything in it.
+    b_d = tl.where(m_j, tl.load(p_d, mask=m_i[:, None], other=0.0).to(tl.float32), 0.0)
     weighted = probabilities * (b_d * b_c[:, None])
     own_delta = tl.sum(weighted, 1)
     b_delta += own_delta
@@ -134,7 +116,6 @@ def without_mean(b_a, b_b, b_delta, b_w, b_p, dtype: tl.constexpr, PRECISION: tl
         "num_heads_of_slab",
         "slab_origin",
         "slab_elements",
-        "total_units",
     ]
 )
 def query_gradient_bwd_kernel(
@@ -150,7 +131,6 @@ def query_gradient_bwd_kernel(
     difference,
     coefficients,
     units,
-    unit_offsets,
     dq,
     delta,
     segment_table,
@@ -162,7 +142,6 @@ def query_gradient_bwd_kernel(
     num_heads_of_slab,
     slab_origin,
     slab_elements,
-    total_units,
     SEGMENTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -180,6 +159,8 @@ def query_gradient_bwd_kernel(
 ):
     """dq (total_tokens, num_heads, head_dim); delta (supports, num_heads, total_tokens); one row tile and head each.
 
+    coefficients (num_head_groups, total_tokens, segments); units, which say where a token's row of difference begins,
+    are None where a unit is a token.
     SCALED rows are multiplied by a power of two while in half precision: float16 would underflow.
     """
     i_t = first_tile + tl.program_id(0) // num_heads_of_slab
@@ -203,14 +184,12 @@ def query_gradient_bwd_kernel(
     o_row = (unit - segment_field(segment_table, query_segment, FIRST_UNIT, INDEX)) * width
     o_row += slab_row(segment_table, query_segment, slab_origin, ORIGIN, INDEX)
     o_row += group_start(i_g - first_group, slab_elements, INDEX)
-    b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D, EDGE)
+    b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
     row_scale = tl.full([BLOCK_M], 1.0, tl.float32)
     if SCALED > 0:
         b_largest = tl.zeros([BLOCK_M], dtype=tl.float32)
         for y in range(SEGMENTS):
-            b_c = row_coefficients(
-                coefficients, units, unit_offsets, row, m_i, tl.cast(i_g, INDEX), y, total_units, SEGMENTS, FACTOR
-            )
+            b_c = row_coefficients(coefficients, row, m_i, tl.cast(i_g, INDEX), y, total_tokens, SEGMENTS, FACTOR)
             b_largest = tl.maximum(b_largest, tl.abs(b_c))
         row_scale = power_of_two(b_largest)
     o_head = tl.cast(i_h, INDEX) * total_tokens + row
@@ -227,17 +206,14 @@ def query_gradient_bwd_kernel(
         p_d += o_j[None, :]
         if CAUSAL:
             last = tl.minimum(last, q_last)
-        full = ((last - first) // BLOCK_N).to(tl.int32)
         o_support = o_head if JOINT else o_head + (y * NUM_HEADS) * tl.cast(total_tokens, INDEX)
         b_l = tl.load(logsumexp + o_support, mask=m_i, other=float("inf"))
         b_m = b_l
         if row_maximum is not None:
             b_m = tl.load(row_maximum + o_support, mask=m_i, other=0.0)
-        b_c = row_coefficients(
-            coefficients, units, unit_offsets, row, m_i, tl.cast(i_g, INDEX), y, total_units, SEGMENTS, FACTOR
-        )
+        b_c = row_coefficients(coefficients, row, m_i, tl.cast(i_g, INDEX), y, total_tokens, SEGMENTS, FACTOR)
         b_c /= row_scale
-        for tile in range(full):
+        for tile in range(tl.cdiv(last - first, BLOCK_N).to(tl.int32)):
             b_a, b_b, b_delta, b_mu, b_w, b_p = query_gradient_step(
                 b_q,
                 b_l,
@@ -264,39 +240,6 @@ def query_gradient_bwd_kernel(
                 CAUSAL,
                 PRECISION,
                 row_maximum is not None,
-                FULL,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-            )
-        if first + full * BLOCK_N < last:
-            b_a, b_b, b_delta, b_mu, b_w, b_p = query_gradient_step(
-                b_q,
-                b_l,
-                b_m,
-                b_c,
-                b_a,
-                b_b,
-                b_delta,
-                b_mu,
-                b_w,
-                b_p,
-                begun + full == 0,
-                p_d + full * BLOCK_N,
-                m_i,
-                q_first,
-                first + full * BLOCK_N,
-                last,
-                k,
-                k_descriptor,
-                scale,
-                i_h // (NUM_HEADS // NUM_KV_HEADS),
-                NUM_KV_HEADS,
-                HEAD_DIM,
-                CAUSAL,
-                PRECISION,
-                row_maximum is not None,
-                ZEROED,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
