@@ -1,14 +1,14 @@
 """Every implementation against oracles: values and both gradients, in float64 and in the dtypes of training."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
 
 from idrm_kernels import attention_map_distance, attention_map_loss
 from idrm_kernels.reduction import example_losses
-from idrm_kernels.testing.cases import Case, error_bound, make_problem, pairwise_cases
+from idrm_kernels.testing.cases import Case, make_problem, pairwise_cases
+from idrm_kernels.testing.comparison import check_errors, implementation_outputs, outputs
 from idrm_kernels.testing.oracle import oracle_distance, oracle_loss
 
 RAGGED = ((7, 5), (1, 9), (0, 4), (0, 0))
@@ -51,42 +51,6 @@ CASES = {
 }
 
 
-def outputs(problem, case, compute_distance, compute_loss):
-    """Distance, its gradients under random weights, the loss and its gradients."""
-    problem, q, k = problem.leaves()
-    loss = compute_loss(problem)
-    # Without any rows an oracle's graph does not reach q and k.
-    unreached = 0 * (q.sum() + k.sum())
-    loss_gradients = torch.autograd.grad(loss + unreached, (q, k), retain_graph=True)
-    distance = compute_distance(problem)
-    generator = torch.Generator().manual_seed(7)
-    incoming = torch.randn(distance.shape, generator=generator, dtype=torch.float64).to(distance)
-    distance_gradients = torch.autograd.grad((distance * incoming).sum() + unreached, (q, k))
-    names = ("loss", "loss_dq", "loss_dk", "distance", "distance_dq", "distance_dk")
-    return dict(zip(names, (loss, *loss_gradients, distance, *distance_gradients), strict=True))
-
-
-def implementation_outputs(problem, case, impl, **options):
-    def loss(problem):
-        return attention_map_loss(
-            problem.student,
-            problem.teacher,
-            problem.layout,
-            row_weights=problem.row_weights,
-            impl=impl,
-            **case.map_options,
-            **case.loss_options,
-            **options,
-        ).loss
-
-    def distance(problem):
-        return attention_map_distance(
-            problem.student, problem.teacher, problem.layout, impl=impl, **case.map_options, **options
-        )
-
-    return outputs(problem, case, distance, loss)
-
-
 def oracle_outputs(problem, case):
     def distance(problem):
         return oracle_distance(problem.student, problem.teacher, problem.layout, **case.map_options)
@@ -94,7 +58,7 @@ def oracle_outputs(problem, case):
     def loss(problem):
         return oracle_loss(distance(problem), problem.layout, row_weights=problem.row_weights, **case.loss_options)
 
-    return outputs(problem, case, distance, loss)
+    return outputs(problem, distance, loss)
 
 
 @pytest.mark.usefixtures("poisoned_buffers")
@@ -150,80 +114,6 @@ def test_every_pair_of_options(case, impl, device):
 )
 def test_corner_cases_in_float32(name, impl, device):
     check_errors(dataclasses.replace(CASES[name], dtype=torch.float32), impl, device)
-
-
-def check_errors(case, impl, device):
-    """Values and gradients against float64, with at most twice the error of plain PyTorch in the case's dtype."""
-    dtype = case.dtype
-    problem = make_problem(case, device)
-    exact = implementation_outputs(problem.to(torch.float64), case, "reference")
-    plain = naive_outputs(problem, case)
-    own = implementation_outputs(problem, case, "reference")
-    for output, value in implementation_outputs(problem, case, impl).items():
-        expected_dtype = dtype if output.endswith(("dq", "dk")) else torch.float32
-        assert value.dtype == expected_dtype, output
-        assert value.shape == exact[output].shape, output
-        if not value.numel():
-            continue
-        bound = max(error_bound(version[output], exact[output], dtype) for version in (plain, own))
-        error = (value.double() - exact[output]).abs().max()
-        assert error <= bound, f"{output}: error {error:.3g} above {bound:.3g}"
-
-
-def naive_outputs(problem, case):
-    """What a user would write: products in the inputs' dtype, softmax in float32, the maps held, autograd."""
-
-    def unit_maps(attention, layout, teacher_side, example):
-        offsets = layout.teacher_unit_offsets if teacher_side else layout.unit_offsets
-        bounds = layout.cu_units[example * layout.segments : (example + 1) * layout.segments + 1]
-        units = offsets[bounds[0] : bounds[-1] + 1]
-        tokens = slice(int(units[0]), int(units[-1]))
-        q = attention.q[tokens].transpose(0, 1)
-        k = attention.k[tokens].transpose(0, 1).repeat_interleave(len(q) // attention.k.shape[1], dim=0)
-        scores = (attention.scale * (q @ k.transpose(1, 2))).float()
-        if attention.position_bias is not None:
-            bias = attention.position_bias
-            limit = len(bias.slot_of_delta) // 2
-            delta = (bias.positions[tokens, None] - bias.positions[None, tokens]).long().clamp(-limit, limit)
-            slots = bias.slot_of_delta[delta + limit].long().expand_as(scores)
-            if bias.c2p is not None:
-                scores = scores + bias.c2p[tokens].transpose(0, 1).float().gather(2, slots)
-            if bias.p2c is not None:
-                p2c = bias.p2c[tokens].transpose(0, 1).float()
-                scores = scores + p2c.gather(2, slots.transpose(1, 2)).transpose(1, 2)
-        if attention.causal:
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-        starts = (offsets[bounds] - tokens.start).tolist()
-        parts = list(itertools.pairwise(starts)) if case.normalization == "block" else [(0, starts[-1])]
-        p = torch.cat([scores[..., a:b].softmax(-1) for a, b in parts], dim=-1)
-        p = p.unflatten(0, (case.num_head_groups, -1)).mean(1)
-        counts = units.diff().to(p.device)
-        member = torch.eye(len(counts), device=p.device).repeat_interleave(counts, dim=0)
-        return (member / counts).T @ p @ member
-
-    def distance(problem):
-        layout, parts = problem.layout, []
-        for example in range(layout.num_examples):
-            student = unit_maps(problem.student, layout, False, example)
-            if case.teacher == "stored":
-                size = student.shape[-1]
-                teacher = problem.teacher.maps[example, :, :size, :size].float()
-            else:
-                teacher = unit_maps(problem.teacher, layout, True, example)
-            if case.metric == "l2":
-                entries = (student - teacher).square()
-            else:
-                log_ratio = teacher.clamp_min(1e-30).log() - student.clamp_min(1e-30).log()
-                entries = teacher * log_ratio - teacher + student
-            bounds = layout.cu_units[example * layout.segments : (example + 1) * layout.segments + 1]
-            widths = bounds.diff().tolist()
-            parts.append(torch.stack([block.sum(-1) for block in entries.split(widths, dim=-1)], dim=-1).clamp_min(0))
-        return torch.cat(parts, dim=1) if parts else oracle_distance(problem.student, problem.teacher, layout)
-
-    def loss(problem):
-        return oracle_loss(distance(problem), problem.layout, row_weights=problem.row_weights, **case.loss_options)
-
-    return outputs(problem, case, distance, loss)
 
 
 @pytest.mark.parametrize("name", ["plain", "kl-joint-merged", "stored"])

@@ -159,8 +159,8 @@ def test_a_teacher_may_run_in_inference_mode(impl, device):
 
 
 BITWISE_CASES = [
-    Case(lengths=((127, 64), (30, 65)), head_dim=16, merged=True),
-    Case(lengths=((127, 64), (30, 193)), head_dim=16, normalization="joint", metric="kl", num_head_groups=2),
+    Case(lengths=((40, 7), (30, 20)), head_dim=16, merged=True),
+    Case(lengths=((127, 64), (30, 65)), head_dim=16, normalization="joint", metric="kl", num_head_groups=2),
     Case(lengths=((65, 64), (3, 20)), head_dim=16, dtype=torch.bfloat16, bias="both", reduction="row"),
 ]
 
@@ -179,7 +179,7 @@ def values_and_gradients(problem, case, **options):
 def test_repeats_bit_for_bit_whatever_the_workspace(case, impl, device):
     problem = make_problem(case, device)
     first = values_and_gradients(problem, case, impl=impl)
-    for workspace_bytes in (64 << 20, 1 << 20, 100_000, 0):
+    for workspace_bytes in (64 << 20, 100_000, 0):
         again = values_and_gradients(problem, case, impl=impl, workspace_bytes=workspace_bytes)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), workspace_bytes
 

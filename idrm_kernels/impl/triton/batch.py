@@ -38,29 +38,32 @@ class Batch:
     """A problem's tensors, plan and softmax denominators, and the launches over a slab of it.
 
     Attributes:
-        is_fused: a unit is a token on both sides, so that the maps are compared in registers.
+        is_fused: a unit is a token on both sides and no position bias asks for small tiles, so that the maps are
+            compared in registers.
         difference_dtype, difference_scale: how the differences of a slab are held for the gradient kernels.
     """
 
     def __init__(self, problem: MapProblem, arch: str | None = None, run: Callable = launch.run):
         self.problem = problem
         self.run = run
-        self.plan = Plan(problem)
+        self.plan = Plan.of(problem)
         self.student = Side.student(problem)
         self.teacher = Side.teacher(problem) if problem.maps is None else None
         self.maps = None if problem.maps is None else problem.maps.contiguous()
         self.arch = architecture(problem.q.device) if arch is None else arch
         self.student_is_merged = problem.q.shape[0] != problem.total_units
         teacher_is_merged = self.teacher is not None and self.teacher.q.shape[0] != problem.total_units
-        self.is_fused = not self.student_is_merged and not teacher_is_merged
+        has_bias = self.teacher is not None and self.teacher.has_bias
+        self.is_fused = not (self.student_is_merged or teacher_is_merged or has_bias)
         half = problem.q.dtype != torch.float32 and problem.metric == "l2"
         self.difference_dtype = torch.float16 if half else torch.float32
         self.difference_scale = DIFFERENCE_SCALE if half else 1.0
-        self.index = launch.index_type(problem, 0)
+        # No slab has more elements, which take two bytes at least.
+        self.index = launch.index_type(problem, problem.workspace_bytes // 2)
         self.is_joint = problem.normalization == "joint"
         self.block_examples = triton.next_power_of_2(max(2, problem.num_examples))
-        self.segment_table = self.plan.section(Section.SEGMENTS)
-        self.example_table = self.plan.section(Section.EXAMPLES)
+        self.segment_table = self.section(Section.SEGMENTS)
+        self.example_table = self.section(Section.EXAMPLES)
         self.statistics = self.denominators(self.student)
         self.teacher_statistics = None if self.teacher is None else self.denominators(self.teacher)
 
@@ -70,8 +73,12 @@ class Batch:
         """Runs a launch in the configuration of a kernel that reads some sides; ``repeats``: it may run again."""
         head_dim = max(side.head_dim for side in sides)
         arithmetic = max((side.arithmetic for side in sides), key=ARITHMETIC.index)
-        has_bias = any(side.has_bias for side in sides)
-        launch_configured(kernel, head_dim, arithmetic, has_bias, self.arch, run, repeats)
+        kernel += " with bias" if any(side.has_bias for side in sides) else ""
+        launch_configured(kernel, head_dim, arithmetic, self.arch, run, repeats)
+
+    def section(self, section: Section) -> Tensor:
+        """A section of the plan on the device."""
+        return self.problem.device_plan[self.plan.bounds[section]]
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor beside q."""
@@ -84,7 +91,7 @@ class Batch:
         statistics = {"logsumexp": self.empty(*shape), "row_maximum": self.empty(*shape) if side.is_exact else None}
 
         def run(own: Configuration) -> None:
-            row_tiles = self.plan.section(side.rows[own.block_m])
+            row_tiles = self.section(side.rows[own.block_m])
             self.run(
                 logsumexp_fwd_kernel,
                 (row_tiles.numel() // 3 * side.num_heads,),
@@ -178,13 +185,12 @@ class Batch:
                 total_tokens=student.q.shape[0],
                 **{f"teacher_{name}": value for name, value in of_teacher.items()},
                 **{f"TEACHER_{name}": value for name, value in teacher.shape(num_groups).items()},
-                **teacher.bias(),
                 **self.stored_maps(),
                 difference=difference,
                 partial_distances=partial_distances,
                 example_table=self.example_table,
                 num_examples=self.problem.num_examples,
-                row_tiles=self.plan.section(student.rows[own.block_m]),
+                row_tiles=self.section(student.rows[own.block_m]),
                 first_pair=covered.start,
                 first_row=slab.tokens.start,
                 last_row=slab.tokens.stop,
@@ -205,7 +211,7 @@ class Batch:
                     (len(tiles), self.problem.segments, len(slab.groups)),
                     partial_distances=partial_distances,
                     distances=distances,
-                    row_tiles=self.plan.section(Section.ROWS_64),
+                    row_tiles=self.section(Section.ROWS_64),
                     first_tile=tiles.start,
                     first_row=slab.tokens.start,
                     last_row=slab.tokens.stop,
@@ -237,18 +243,18 @@ class Batch:
             staged=staged,
             staged_origin=staging.origin,
             staged_elements=staging.elements,
-            slots=self.plan.section(Section.SLOTS),
+            slots=self.section(Section.SLOTS),
             unit_offsets=problem.device_unit_offsets,
             teacher_staged=teacher_staged,
             teacher_staged_origin=staging.teacher_origin,
             teacher_staged_elements=staging.teacher_elements,
-            teacher_slots=self.plan.section(Section.TEACHER_SLOTS),
+            teacher_slots=self.section(Section.TEACHER_SLOTS),
             teacher_unit_offsets=problem.teacher_device_unit_offsets,
             **self.stored_maps(),
             difference=difference,
             distances=distances,
-            units=self.plan.section(Section.UNITS),
-            unit_tiles=self.plan.section(Section.UNIT_TILES),
+            units=self.section(Section.UNITS),
+            unit_tiles=self.section(Section.UNIT_TILES),
             first_tile=staging.tiles.start,
             first_unit=slab.units.start,
             last_unit=slab.units.stop,
@@ -280,9 +286,9 @@ class Batch:
                 segment_table=self.segment_table,
                 example_table=self.example_table,
                 num_examples=self.problem.num_examples,
-                runs=self.plan.section(Section[f"{prefix}RUNS"]),
-                units=self.plan.section(Section[f"{prefix}UNITS"]),
-                slots=self.plan.section(Section[f"{prefix}SLOTS"]),
+                runs=self.section(Section[f"{prefix}RUNS"]),
+                units=self.section(Section[f"{prefix}UNITS"]),
+                slots=self.section(Section[f"{prefix}SLOTS"]),
                 first_pair=covered.start,
                 first_slot=slots.start,
                 last_slot=slots.stop,
@@ -376,7 +382,7 @@ class Batch:
                 (len(tiles) * heads * len(slab.groups),),
                 **side.operands(own, self.arch),
                 dq=gradients.dq,
-                row_tiles=self.plan.section(side.rows[own.block_m]),
+                row_tiles=self.section(side.rows[own.block_m]),
                 first_tile=tiles.start,
                 num_heads_of_slab=heads * len(slab.groups),
                 **shared,
@@ -395,7 +401,7 @@ class Batch:
                 dk=gradients.dk,
                 partial_dk=partial_dk,
                 partial_first=self.plan.tokens(segments.start).start,
-                key_tiles=self.plan.section(side.rows[own.block_n]),
+                key_tiles=self.section(side.rows[own.block_n]),
                 first_tile=first,
                 last_group=slab.groups.stop,
                 BEGINS=slab.begins,
@@ -423,7 +429,7 @@ class Gradients:
         self.units = None
         if batch.student_is_merged:
             problem = batch.problem
-            self.units = batch.plan.section(Section.UNITS)
+            self.units = batch.section(Section.UNITS)
             self._unit_tokens = problem.device_unit_offsets.diff()[:, None]
             self._coefficients = batch.empty(problem.num_head_groups, len(self.units), problem.segments)
         self._partial_dk = None

@@ -1,12 +1,16 @@
 """The tile shapes, warps and stages of every kernel: pinned per head_dim, dtype and architecture; searched on request.
 
-Pinned for registers: none of these spills in bf16, fp16 or tf32 on sm_80 and sm_90 (tests/idrm_kernels/
-test_compile_report.py). A search changes bits from one machine to the next and is off unless IDRM_KERNELS_SEARCH=1.
+Pinned for registers: up to a head_dim of 128, none of these spills in bf16, fp16 or tf32 on sm_80 and sm_90
+(tests/idrm_kernels/test_compile_report.py). A search changes bits from one machine to the next and is off unless
+IDRM_KERNELS_SEARCH=1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -60,23 +64,171 @@ def uses_descriptors(arch: str) -> bool:
 
 
 # Kinds of matrix products, the most demanding last: of 16-bit numbers, of float32 on ten bits, of float32 in full.
-ARITHMETIC = ("half", "tf32", "ieee")
+ARITHMETIC = ("bf16", "fp16", "tf32", "ieee")
 COMPARISON = Configuration(16, 128, 4, 1)
 
 
-def pinned(kernel: str, head_dim: int, arithmetic: str, has_bias: bool, arch: str) -> Configuration:
-    """The configuration of a kernel."""
-    return Configuration(64, 64, 4, 1)
+def _by_head_dim(*tiles: tuple[int, int, int, int]) -> dict[int, Configuration]:
+    """Configurations for a head_dim up to 64, 128 and 256; the last given one for what is beyond it."""
+    return {size: Configuration(*tiles[min(i, len(tiles) - 1)]) for i, size in enumerate((64, 128, 256))}
+
+
+# By kind of product, then by kernel; what "fp16" does not name is as for "bf16". Row tiles (BLOCK_M) of the kernels
+# that have them are of tiles.TILE_SIZES, runs of tiles.RUN_TOKENS, and the key gradient's divide plan.SLAB_ROWS.
+_HOPPER = {
+    "bf16": {
+        "logsumexp": _by_head_dim((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
+        "difference": _by_head_dim((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
+        "head_mean": _by_head_dim((64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 2)),
+        "head_mean with bias": _by_head_dim((64, 64, 8, 2)),
+        "query_gradient": _by_head_dim((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+        "key_gradient": _by_head_dim((64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+    },
+    "fp16": {"query_gradient": _by_head_dim((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2))},
+    "tf32": {
+        "logsumexp": _by_head_dim((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+        "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
+        "difference": _by_head_dim((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
+        "head_mean": _by_head_dim((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
+        "head_mean with bias": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
+        "key_gradient": _by_head_dim((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2)),
+    },
+    "ieee": {
+        "logsumexp": _by_head_dim((64, 64, 8, 1)),
+        "logsumexp with bias": _by_head_dim((64, 64, 8, 1)),
+        "difference": _by_head_dim((64, 64, 8, 1)),
+        "head_mean": _by_head_dim((64, 64, 8, 1)),
+        "head_mean with bias": _by_head_dim((64, 64, 8, 1)),
+        "query_gradient": _by_head_dim((64, 32, 8, 1)),
+        "key_gradient": _by_head_dim((32, 64, 8, 1)),
+    },
+}
+_BLACKWELL = {
+    **_HOPPER,
+    "bf16": {
+        **_HOPPER["bf16"],
+        "head_mean with bias": _by_head_dim((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+        "key_gradient": _by_head_dim((64, 128, 8, 3), (64, 64, 8, 2)),
+    },
+    "tf32": {
+        **_HOPPER["tf32"],
+        "head_mean with bias": _by_head_dim((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        "key_gradient": _by_head_dim((32, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2)),
+    },
+}
+# Every architecture without tables of its own takes these, which keep to the 99 KB of shared memory of sm_86 and sm_89.
+_AMPERE = {
+    "bf16": {
+        "logsumexp": _by_head_dim((128, 64, 8, 2)),
+        "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
+        "difference": _by_head_dim((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+        "head_mean": _by_head_dim((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+        "head_mean with bias": _by_head_dim((64, 64, 8, 2)),
+        "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "key_gradient": _by_head_dim((32, 128, 8, 2), (64, 64, 8, 2)),
+    },
+    "fp16": {},
+    "tf32": {
+        "logsumexp": _by_head_dim((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
+        "logsumexp with bias": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        "difference": _by_head_dim((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        "head_mean": _by_head_dim((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        "head_mean with bias": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
+        "key_gradient": _by_head_dim((32, 128, 8, 2), (32, 64, 4, 2), (16, 64, 8, 1)),
+    },
+    "ieee": _HOPPER["ieee"],
+}
+# 64 KB of shared memory, warps of 64 threads.
+_CDNA3 = {
+    "bf16": {
+        "logsumexp": _by_head_dim((128, 64, 4, 1)),
+        "logsumexp with bias": _by_head_dim((64, 64, 4, 1)),
+        "difference": _by_head_dim((128, 64, 4, 1), (128, 64, 4, 1), (64, 64, 4, 1)),
+        "head_mean": _by_head_dim((64, 128, 4, 1), (64, 64, 4, 1)),
+        "head_mean with bias": _by_head_dim((64, 64, 4, 1)),
+        "query_gradient": _by_head_dim((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
+        "key_gradient": _by_head_dim((64, 64, 4, 1), (64, 64, 4, 1), (32, 64, 4, 1)),
+    },
+    "fp16": {},
+    "tf32": {},
+    "ieee": {
+        "logsumexp": _by_head_dim((64, 64, 4, 1)),
+        "logsumexp with bias": _by_head_dim((64, 64, 4, 1)),
+        "difference": _by_head_dim((64, 64, 4, 1)),
+        "head_mean": _by_head_dim((64, 64, 4, 1)),
+        "head_mean with bias": _by_head_dim((64, 64, 4, 1)),
+        "query_gradient": _by_head_dim((64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
+        "key_gradient": _by_head_dim((32, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
+    },
+}
+# Fewer and larger programs are quicker to interpret; the shapes differ so that tests meet several.
+_INTERPRETER = {
+    "bf16": {
+        "logsumexp": _by_head_dim((128, 64, 1, 1)),
+        "logsumexp with bias": _by_head_dim((64, 128, 1, 1)),
+        "difference": _by_head_dim((128, 128, 1, 1), (64, 128, 1, 1)),
+        "head_mean": _by_head_dim((64, 128, 1, 1), (64, 64, 1, 1)),
+        "head_mean with bias": _by_head_dim((64, 128, 1, 1)),
+        "query_gradient": _by_head_dim((128, 64, 1, 1), (64, 128, 1, 1)),
+        "key_gradient": _by_head_dim((64, 128, 1, 1), (32, 64, 1, 1)),
+    },
+    "fp16": {},
+    "tf32": {},
+    "ieee": {},
+}
+PINNED = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "gfx942": _CDNA3, "interpreter": _INTERPRETER}
+
+
+def pinned(kernel: str, head_dim: int, arithmetic: str, arch: str) -> Configuration:
+    """The configuration of a kernel: "logsumexp", "logsumexp with bias", "difference", "head_mean", and so on."""
+    own = PINNED[arch][arithmetic].get(kernel) or PINNED[arch]["bf16"][kernel]
+    return own[max(64, block_d(head_dim))]
+
+
+def candidates(kernel: str, head_dim: int, arithmetic: str, arch: str) -> list[Configuration]:
+    """What a search tries: the pinned configuration first, then other tiles that the plan has, warps and stages."""
+    first = pinned(kernel, head_dim, arithmetic, arch)
+    rows = {"head_mean": (64,), "head_mean with bias": (64,), "key_gradient": (32, 64)}.get(kernel, (64, 128))
+    columns = (32, 64, 128) if kernel in ("query_gradient", "key_gradient", "logsumexp") else (64, 128)
+    others = itertools.starmap(Configuration, itertools.product(rows, columns, (4, 8), (1, 2, 3)))
+    return [first, *(other for other in others if other != first)]
+
+
+_FASTEST: dict[tuple, Configuration] = {}
 
 
 def launch_configured(
     kernel: str,
     head_dim: int,
     arithmetic: str,
-    has_bias: bool,
     arch: str,
     run: Callable[[Configuration], None],
     repeats: bool,
 ) -> None:
-    """Runs a launch as pinned, or where a search is asked for, in the fastest of the candidates."""
-    run(pinned(kernel, head_dim, arithmetic, has_bias, arch))
+    """Runs a launch as pinned, or where IDRM_KERNELS_SEARCH=1 asks for it in the fastest of the candidates.
+
+    The first launch of a kind that may be repeated is timed in every candidate that compiles and fits; what was found
+    holds until the process ends. Never inside of a CUDA graph's capture.
+    """
+    key = (kernel, head_dim, arithmetic, arch)
+    if (
+        os.environ.get("IDRM_KERNELS_SEARCH") == "1"
+        and arch != "interpreter"
+        and repeats
+        and key not in _FASTEST
+        and not torch.cuda.is_current_stream_capturing()
+    ):
+        _FASTEST[key] = fastest(candidates(*key), run)
+    run(_FASTEST.get(key) or pinned(*key))
+
+
+def fastest(tried: list[Configuration], run: Callable[[Configuration], None]) -> Configuration:
+    """The candidate with the lowest median time; one that does not compile, or asks for too much, is passed over."""
+    times = {}
+    for own in tried:
+        with contextlib.suppress(triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError):
+            times[own] = triton.testing.do_bench(functools.partial(run, own), warmup=5, rep=20, return_mode="median")
+    return min(times, key=times.get, default=tried[0])

@@ -90,7 +90,7 @@ class Side(NamedTuple):
     @property
     def arithmetic(self) -> str:
         """The kind of its products, which the configuration of a kernel depends on."""
-        return self.precision if self.q.dtype == torch.float32 else "half"
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.q.dtype, self.precision)
 
     def operands(self, own: Configuration, arch: str) -> dict:
         """q and k, and where the architecture has tensor descriptors, theirs for the configuration's tiles."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from idrm_kernels.impl.problem import MapProblem
 from idrm_kernels.tiles import ExampleField, Section, SegmentField
 
+# The fields that place the student's and the teacher's staged rows.
+STAGED = (
+    (SegmentField.SLOT_ORIGIN, SegmentField.WIDTH),
+    (SegmentField.TEACHER_SLOT_ORIGIN, SegmentField.TEACHER_WIDTH),
+)
 # A slab begins at a multiple of this many tokens of its segment, so that it cuts no tile of the key gradient's rows.
 SLAB_ROWS = 64
 
@@ -57,24 +64,54 @@ class Staging(NamedTuple):
 
 
 class Plan:
-    """The sections of MapProblem.plan: on the device for kernels, as Python ints for launchers."""
+    """The sections of MapProblem.plan as Python ints for launchers, read once for all the calls of a layout."""
 
-    def __init__(self, problem: MapProblem):
-        self.host, self.device = problem.plan, problem.device_plan
-        bounds = self.host[: len(Section) + 1].tolist()
-        self.bounds = [slice(*bound) for bound in itertools.pairwise(bounds)]
-        self.segments_per_example = problem.segments
-        self.num_examples = problem.num_examples
+    _of_layouts = WeakTensorKeyDictionary()
+
+    def __init__(self, host: Tensor, segments_per_example: int, num_examples: int):
+        # Another tensor of the same storage, so that what remembers plans by their tensors keeps none alive.
+        self._host = host.detach()
+        self.bounds = [slice(*bound) for bound in itertools.pairwise(self._host[: len(Section) + 1].tolist())]
+        self.segments_per_example = segments_per_example
+        self.num_examples = num_examples
         self.segments = self.rows(Section.SEGMENTS, len(SegmentField))
         self.examples = self.rows(Section.EXAMPLES, len(ExampleField))
 
+    @classmethod
+    def of(cls, problem: MapProblem) -> Plan:
+        """The plan of a problem's layout."""
+        plan = cls._of_layouts.get(problem.plan)
+        if plan is None:
+            plan = cls._of_layouts[problem.plan] = cls(problem.plan, problem.segments, problem.num_examples)
+        return plan
+
+    def values(self, section: Section) -> list[int]:
+        """A section's values on the host."""
+        return self._host[self.bounds[section]].tolist()
+
     def rows(self, section: Section, width: int) -> list[list[int]]:
         """A section's rows on the host."""
-        return self.host[self.bounds[section]].view(-1, width).tolist()
+        return self._host[self.bounds[section]].view(-1, width).tolist()
 
-    def section(self, section: Section) -> Tensor:
-        """A section on the device."""
-        return self.device[self.bounds[section]]
+    @functools.cached_property
+    def unit_tiles(self) -> list[list[int]]:
+        """The rows of Section.UNIT_TILES."""
+        return self.rows(Section.UNIT_TILES, 3)
+
+    @functools.cached_property
+    def slots(self) -> tuple[list[int], list[int]]:
+        """Of the student and of the teacher, the first slot of every unit."""
+        return self.values(Section.SLOTS), self.values(Section.TEACHER_SLOTS)
+
+    @functools.cached_property
+    def unit_of_token(self) -> list[int]:
+        """The unit of every student token."""
+        return self.values(Section.UNITS)
+
+    @functools.cached_property
+    def first_slots(self) -> dict[Section, list[int]]:
+        """The first slot of every run on either side."""
+        return {section: [run[3] for run in self.rows(section, 4)] for section in (Section.RUNS, Section.TEACHER_RUNS)}
 
     def segment(self, segment: int, field: SegmentField) -> int:
         """One count of a segment."""
@@ -158,8 +195,7 @@ class Plan:
         if is_whole:
             units = range(self.segment_units(segments.start).start, self.segment_units(segments.stop - 1).stop)
         else:
-            of_token = self.host[self.bounds[Section.UNITS]]
-            units = range(int(of_token[tokens.start]), int(of_token[tokens.stop - 1]) + 1)
+            units = range(self.unit_of_token[tokens.start], self.unit_of_token[tokens.stop - 1] + 1)
         origin = self._address(units.start, segments.start)
         elements = self._address(units.stop, segments.stop - 1) - origin
         return Slab(groups, examples, segments, tokens, units, origin, elements, is_whole, begins, ends)
@@ -200,27 +236,24 @@ class Plan:
 
     def stagings(self, slab: Slab, workspace_bytes: int) -> Iterator[Staging]:
         """A slab's units in pieces of at most workspace_bytes of staged float32 rows, or of one unit tile."""
-        unit_tiles = self.rows(Section.UNIT_TILES, 3)
-        sides = [self.host[self.bounds[section]] for section in (Section.SLOTS, Section.TEACHER_SLOTS)]
+        unit_tiles = self.unit_tiles
 
-        def bounds(first: list[int], last: list[int]) -> list[tuple[range, int, int]]:
-            units = range(max(first[1], slab.units.start), min(last[2], slab.units.stop))
-            fields = (
-                (SegmentField.SLOT_ORIGIN, SegmentField.WIDTH),
-                (SegmentField.TEACHER_SLOT_ORIGIN, SegmentField.TEACHER_WIDTH),
-            )
-            pieces = []
-            for slots, (origin, width) in zip(sides, fields, strict=True):
-                addresses = []
-                for unit, segment in ((units.start, first[0]), (units.stop, last[0])):
-                    rows = int(slots[unit]) - int(slots[self.segments[segment][SegmentField.FIRST_UNIT]])
-                    addresses.append(self.segments[segment][origin] + rows * self.segments[segment][width])
-                own = range(int(slots[units.start]), int(slots[units.stop]))
-                pieces.append((own, addresses[0], addresses[1] - addresses[0]))
-            return pieces
+        def pieces(first: int, last: int) -> list[tuple[range, int, int]]:
+            """On either side the slots of some unit tiles, where they begin and how many elements they have."""
+            (segment, start, _), (last_segment, _, stop) = unit_tiles[first], unit_tiles[last]
+            units = range(max(start, slab.units.start), min(stop, slab.units.stop))
+            both = []
+            for slots, (origin, width) in zip(self.slots, STAGED, strict=True):
+                begin, end = (
+                    self.segments[own][origin]
+                    + (slots[unit] - slots[self.segments[own][SegmentField.FIRST_UNIT]]) * self.segments[own][width]
+                    for unit, own in ((units.start, segment), (units.stop, last_segment))
+                )
+                both.append((range(slots[units.start], slots[units.stop]), begin, end - begin))
+            return both
 
         def needed(first: int, last: int) -> int:
-            return 4 * len(slab.groups) * sum(piece[2] for piece in bounds(unit_tiles[first], unit_tiles[last]))
+            return 4 * len(slab.groups) * sum(elements for _, _, elements in pieces(first, last))
 
         first = bisect.bisect_right(unit_tiles, slab.units.start, key=lambda tile: tile[1]) - 1
         stop = bisect.bisect_left(unit_tiles, slab.units.stop, key=lambda tile: tile[1])
@@ -228,14 +261,11 @@ class Plan:
             # The last tile that still fits; what is needed grows with it.
             last = bisect.bisect_right(range(first + 1, stop), workspace_bytes, key=lambda end: needed(first, end))
             last += first
-            (own, origin, elements), (teacher, teacher_origin, teacher_elements) = bounds(
-                unit_tiles[first], unit_tiles[last]
-            )
+            (own, origin, elements), (teacher, teacher_origin, teacher_elements) = pieces(first, last)
             yield Staging(range(first, last + 1), own, teacher, origin, teacher_origin, elements, teacher_elements)
             first = last + 1
 
     def runs(self, slots: range, section: Section) -> range:
         """The runs that hold some slots."""
-        runs = self.rows(section, 4)
-        first = bisect.bisect_right(runs, slots.start, key=lambda run: run[3]) - 1
-        return range(first, bisect.bisect_left(runs, slots.stop, key=lambda run: run[3]))
+        firsts = self.first_slots[section]
+        return range(bisect.bisect_right(firsts, slots.start) - 1, bisect.bisect_left(firsts, slots.stop))

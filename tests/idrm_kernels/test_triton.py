@@ -1,0 +1,153 @@
+"""What only the Triton kernels have: tile shapes, tf32, 64-bit offsets, slabs, the search; when they are chosen."""
+
+import pytest
+import torch
+
+from idrm_kernels import MapLayout, PackedAttention, StoredMaps, api, attention_map_loss
+from idrm_kernels.testing.cases import Case, make_problem
+from idrm_kernels.testing.comparison import check_errors, implementation_outputs
+
+tl = pytest.importorskip("triton.language")
+from idrm_kernels.impl.triton import configurations, launch  # noqa: E402
+from idrm_kernels.impl.triton.configurations import Configuration  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
+
+@pytest.fixture
+def impl():
+    return "triton"
+
+
+# (rows, columns) of the kernels whose tiles have both, of the query gradient, and of the key gradient.
+TILES = {
+    "64x64": ((64, 64), (64, 16), (16, 64)),
+    "64x128": ((64, 128), (128, 32), (32, 128)),
+    "128x64": ((128, 64), (64, 128), (64, 64)),
+    "128x128": ((128, 128), (128, 128), (64, 128)),
+}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("tiles", TILES)
+def test_every_tile_shape(tiles, merged, device, monkeypatch):
+    pairs, queries, keys = TILES[tiles]
+
+    def shape(kernel, head_dim, arithmetic, arch):
+        rows, columns = {"query_gradient": queries, "key_gradient": keys}.get(kernel, pairs)
+        return Configuration(64 if kernel == "head_mean" else rows, columns, 4, 1)
+
+    monkeypatch.setattr(configurations, "pinned", shape)
+    # About twice as many tokens as units where these are merged.
+    lengths = ((40, 9),) if merged else ((129, 20),)
+    check_errors(Case(lengths=lengths, merged=merged, head_dim=32, dtype=torch.bfloat16), "triton", device)
+
+
+@pytest.mark.parametrize("peak", [1.0, 12.0])
+def test_float32_in_tf32(peak, device, monkeypatch):
+    """Where the user allows float32 products on ten bits, errors may be of that size."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    case = Case(lengths=((70, 30),), head_dim=32, num_head_groups=2, peak=peak)
+    check_errors(case, "triton", device, eps=2.0**-10)
+
+
+OFFSET_CASES = {
+    "fused": Case(lengths=((70, 3), (9, 0)), head_dim=16, normalization="joint", dtype=torch.float16),
+    "merged-bias": Case(lengths=((9, 3), (5, 0)), head_dim=16, merged=True, bias="both"),
+    "stored-causal": Case(lengths=((70,), (3,)), causal=True, teacher="stored", num_head_groups=2),
+}
+
+
+@pytest.mark.parametrize("name", OFFSET_CASES)
+def test_64_bit_offsets_change_no_bit(name, device, monkeypatch):
+    case = OFFSET_CASES[name]
+    problem = make_problem(case, device)
+    narrow = implementation_outputs(problem, case, "triton")
+    monkeypatch.setattr(launch, "index_type", lambda problem, elements: tl.int64)
+    for output, value in implementation_outputs(problem, case, "triton").items():
+        assert torch.equal(value, narrow[output]), output
+
+
+def test_offsets_are_of_64_bits_where_storage_asks_for_it():
+    class Problem:
+        segments, maps, teacher_q, teacher_k, c2p, p2c = 2, None, None, None, None, None
+        q = k = torch.empty(2**20, 32, 8, device="meta")
+
+    assert launch.index_type(Problem, 0) == tl.int32
+    assert launch.index_type(Problem, 2**31) == tl.int64
+    for name, shape in {
+        "q": (2**20, 32, 64),
+        "maps": (8, 1, 2**14, 2**14),
+        "c2p": (2**18, 16, 512),
+        "teacher_q": (2**26, 16, 1),
+    }.items():
+        own = type("Own", (Problem,), {name: torch.empty(shape, device="meta")})
+        assert launch.index_type(own, 0) == tl.int64, name
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "expected"),
+    [
+        ("cuda", torch.bfloat16, 128, "triton"),
+        ("cuda", torch.float32, 256, "triton"),
+        ("cuda", torch.float64, 64, "torch"),
+        ("cuda", torch.float16, 320, "torch"),
+    ],
+)
+def test_auto_takes_triton_for_tensors_on_a_gpu(device, dtype, head_dim, expected):
+    with torch._subclasses.FakeTensorMode():
+        q = torch.empty(4, 2, head_dim, dtype=dtype, device=device)
+        maps = torch.empty(1, 1, 4, 4, device=device)
+    assert api._chosen("auto", PackedAttention(q, q), PackedAttention(q, q)) == expected
+    assert api._chosen("auto", PackedAttention(q, q), StoredMaps(maps)) == expected
+
+
+def test_triton_refuses_what_it_cannot_take():
+    layout = MapLayout.build([0, 2, 4])
+    for size, dtype, message in ((8, torch.float64, "float64"), (320, torch.float32, "head_dim of at most 256")):
+        q = torch.zeros(4, 2, size, dtype=dtype)
+        with pytest.raises(ValueError, match=f"impl: 'triton' cannot run here: expected .*{message}"):
+            attention_map_loss(PackedAttention(q, q), PackedAttention(q, q), layout, impl="triton")
+
+
+def test_a_search_takes_the_fastest_that_runs(monkeypatch):
+    times = {Configuration(64, 64, 4, 1): 3.0, Configuration(64, 128, 8, 2): 1.0}
+
+    def timed(run, **options):
+        run()
+        return times[ran[-1]]
+
+    ran = []
+
+    def run(own):
+        if own not in times:
+            raise RuntimeError("out of shared memory")
+        ran.append(own)
+
+    monkeypatch.setattr("triton.testing.do_bench", timed)
+    tried = configurations.candidates("head_mean", 64, "bf16", "sm_90")
+    assert tried[0] == configurations.pinned("head_mean", 64, "bf16", "sm_90")
+    assert len(set(tried)) == len(tried)
+    assert configurations.fastest(tried, run) == Configuration(64, 128, 8, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a GPU")
+def test_a_cuda_graph_replays_the_loss():
+    case = Case(lengths=((127, 64), (30, 65)), head_dim=64, merged=True, bias="both", dtype=torch.bfloat16)
+    problem, q, k = make_problem(case, torch.device("cuda")).leaves()
+
+    def step():
+        loss = attention_map_loss(problem.student, problem.teacher, problem.layout, impl="triton").loss
+        return loss, *torch.autograd.grad(loss, (q, k))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for own, eager in zip(captured, expected, strict=True):
+        assert torch.equal(own, eager)
