@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from idrm_kernels import DisentangledBias, MapLayout, PackedAttention, attention_map_distance, attention_map_loss
 from idrm_kernels.api import _arguments
 from idrm_kernels.ops import OPS
 from idrm_kernels.testing.cases import Case, make_problem
+from idrm_kernels.testing.memory import peak_bytes
 
 SMALL = Case(lengths=((3, 2), (0, 4)), dtype=torch.float64, num_heads=2, num_kv_heads=1, head_dim=3)
 GRADCHECK_CASES = {
@@ -224,19 +224,6 @@ def test_other_examples_change_no_bit(case, impl, device):
     assert torch.equal(own[0], distance[:, first:last])
     assert torch.equal(own[1], dq[tokens])
     assert torch.equal(own[2], dk[tokens])
-
-
-def peak_bytes(call):
-    """The largest sum of what lives at once of the memory that a call allocates."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
-        call()
-    events = measured.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    live = highest = 0
-    for _, change in changes:
-        live += change
-        highest = max(highest, live)
-    return highest
 
 
 def differentiated(function, q, k, teacher, layout, **options):

@@ -4,12 +4,16 @@ import pytest
 import torch
 
 from idrm_kernels import MapLayout, PackedAttention, StoredMaps, api, attention_map_loss
+from idrm_kernels.impl.problem import LossOptions, MapProblem
 from idrm_kernels.testing.cases import Case, make_problem
 from idrm_kernels.testing.comparison import check_errors, implementation_outputs
+from idrm_kernels.testing.memory import peak_bytes
 
 tl = pytest.importorskip("triton.language")
 from idrm_kernels.impl.triton import configurations, launch  # noqa: E402
+from idrm_kernels.impl.triton.batch import Batch  # noqa: E402
 from idrm_kernels.impl.triton.configurations import Configuration  # noqa: E402
+from idrm_kernels.impl.triton.sweep import loss_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
@@ -129,6 +133,33 @@ def test_a_search_takes_the_fastest_that_runs(monkeypatch):
     assert tried[0] == configurations.pinned("head_mean", 64, "bf16", "sm_90")
     assert len(set(tried)) == len(tried)
     assert configurations.fastest(tried, run) == Configuration(64, 128, 8, 2)
+
+
+@pytest.mark.parametrize("workspace_bytes", [0, 64 << 20])
+@pytest.mark.parametrize("merged", [False, True])
+def test_memory_is_as_documented(merged, workspace_bytes):
+    """What the launches of a loss with gradients allocate at 2 x 4096 tokens, by the formula of docs/kernels.md."""
+    tokens, heads, num_kv_heads, head_dim, teacher_heads = 8192, 32, 8, 128, 16
+    q, k = (torch.empty(tokens, count, head_dim, dtype=torch.bfloat16) for count in (heads, num_kv_heads))
+    tq, tk = (torch.empty(tokens, teacher_heads, 64, dtype=torch.bfloat16) for _ in range(2))
+    units = [token - token // 9 for token in range(tokens)] if merged else None
+    layout = MapLayout.build([0, tokens // 2, tokens], unit_of_token=units)
+    student, teacher = PackedAttention(q, k), PackedAttention(tq, tk)
+    problem = MapProblem(*api._flat(student, teacher, layout, "l2", "block", 1, workspace_bytes))
+    batch_options = {"arch": "sm_90", "run": lambda kernel, grid, **arguments: None}
+
+    def step():
+        loss_of(Batch(problem, **batch_options), LossOptions(None, "frobenius", 1.0, 1.0, True))
+
+    denominators_and_deltas = 4 * 2 * tokens * (2 * heads + teacher_heads)
+    distances = 8 * layout.total_units * 2 + (4 * tokens * 2 if merged else 0)
+    dk_between_slabs = 4 * num_kv_heads * head_dim * tokens
+    smallest = 64 * tokens * 3 + (2 * 4 * 16 * tokens if merged else 0)
+    linear = q.nbytes + k.nbytes + denominators_and_deltas + distances + dk_between_slabs
+    measured = peak_bytes(step)
+    naive = 30 * tokens**2 * heads
+    assert measured <= linear + max(workspace_bytes, smallest) + (1 << 20)
+    assert measured - q.nbytes - k.nbytes < naive / 100
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a GPU")

@@ -96,13 +96,13 @@ _HOPPER = {
         "key_gradient": _by_head_dim((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2)),
     },
     "ieee": {
-        "logsumexp": _by_head_dim((64, 64, 8, 1)),
-        "logsumexp with bias": _by_head_dim((64, 64, 8, 1)),
+        "logsumexp": _by_head_dim((64, 64, 8, 1), (64, 32, 8, 1)),
+        "logsumexp with bias": _by_head_dim((64, 64, 8, 1), (64, 64, 8, 1), (64, 32, 8, 1)),
         "difference": _by_head_dim((64, 64, 8, 1)),
         "head_mean": _by_head_dim((64, 64, 8, 1)),
         "head_mean with bias": _by_head_dim((64, 64, 8, 1)),
-        "query_gradient": _by_head_dim((64, 32, 8, 1)),
-        "key_gradient": _by_head_dim((32, 64, 8, 1)),
+        "query_gradient": _by_head_dim((64, 32, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1)),
+        "key_gradient": _by_head_dim((64, 64, 8, 1), (64, 64, 8, 1), (16, 64, 8, 1)),
     },
 }
 _BLACKWELL = {
@@ -115,7 +115,8 @@ _BLACKWELL = {
     "tf32": {
         **_HOPPER["tf32"],
         "head_mean with bias": _by_head_dim((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
-        "key_gradient": _by_head_dim((32, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2)),
+        "key_gradient": _by_head_dim((32, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 1)),
+        "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1)),
     },
 }
 # Every architecture without tables of its own takes these, which keep to the 99 KB of shared memory of sm_86 and sm_89.

@@ -101,7 +101,8 @@ class Side(NamedTuple):
 
     def _descriptor(self, tensor: Tensor, block: int, arch: str) -> TensorDescriptor | None:
         aligned = tensor.data_ptr() % 16 == 0 and self.head_dim * tensor.itemsize % 16 == 0
-        if not uses_descriptors(arch) or not aligned:
+        # Products in full float32 are no tensor core's: they read shared memory better as pointers fill it.
+        if not uses_descriptors(arch) or self.is_exact or not aligned:
             return None
         width = block_d(self.head_dim)
         if width == self.head_dim:
