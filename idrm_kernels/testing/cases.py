@@ -148,7 +148,7 @@ def make_layout(case: Case, generator: torch.Generator, device: torch.device | s
     cu_units = [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()] if lengths else [0]
     total_units = cu_units[-1]
     sides = []
-    for most in (3, 4) if case.merged else (1, 1):
+    for most in (2, 3) if case.merged else (1, 1):
         tokens = torch.randint(1, most + 1, (total_units,), generator=generator)
         cumulative = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
         sides.append((cumulative[torch.tensor(cu_units)], torch.arange(total_units).repeat_interleave(tokens)))
