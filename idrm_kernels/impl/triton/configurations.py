@@ -42,6 +42,7 @@ class Configuration(NamedTuple):
         }
 
 
+@functools.cache
 def block_d(head_dim: int) -> int:
     """The head_dim of a tile: a power of two that a matrix product can take."""
     return max(16, triton.next_power_of_2(head_dim))

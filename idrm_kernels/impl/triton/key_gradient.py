@@ -25,86 +25,6 @@ from idrm_kernels.impl.triton.primitives import (
 from idrm_kernels.impl.triton.query_gradient import row_coefficients
 
 
-@triton.jit
-def key_gradient_step(
-    b_k,
-    b_dk,
-    unit_scale,
-    q_first,
-    q_last,
-    i_h,
-    i_g,
-    i_y,
-    k_first,
-    row_origin,
-    first_unit,
-    width,
-    q,
-    q_descriptor,
-    scale,
-    logsumexp,
-    row_maximum,
-    delta,
-    total_tokens,
-    difference,
-    coefficients,
-    units,
-    SEGMENTS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    JOINT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SCALED: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One row tile and query head: adds dS^T q to b_dk [BLOCK_N, BLOCK_D], which is held in units of unit_scale."""
-    o_i = tl.arange(0, BLOCK_M)
-    o_j = tl.arange(0, BLOCK_N)
-    m_i = o_i < q_last - q_first
-    row = q_first + o_i
-    b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
-    if row_maximum is None:
-        b_s = product(b_k, tl.trans(b_q), None, PRECISION)  # [BLOCK_N, BLOCK_M]
-    else:
-        # As the other kernels have it, to the bit: delta cancels only against the probabilities that it was made of.
-        b_s = tl.trans(product(b_q, tl.trans(b_k), None, PRECISION))
-    o_l = tl.cast(i_h, INDEX) * total_tokens + row
-    if not JOINT:
-        o_l += tl.cast(i_y * NUM_HEADS, INDEX) * total_tokens
-    b_l = tl.load(logsumexp + o_l, mask=m_i, other=float("inf"))
-    b_s = b_s * scale
-    if row_maximum is not None:
-        b_s = (b_s - tl.load(row_maximum + o_l, mask=m_i, other=0.0)[None, :]) * LOG2_E
-    b_delta = tl.load(delta + o_l, mask=m_i, other=0.0)
-    b_c = row_coefficients(coefficients, row, m_i, tl.cast(i_g, INDEX), i_y, total_tokens, SEGMENTS, FACTOR)
-    if SCALED > 0:
-        # Under "joint" a row reaches keys of segments whose own coefficient is 0, through delta.
-        largest = tl.maximum(tl.max(tl.abs(b_c)), tl.max(tl.abs(b_delta)) * SCALED)
-        own = tl.where(largest > 0, power_of_two(largest), unit_scale)
-        b_dk *= unit_scale / own
-        unit_scale = own
-        b_c /= own
-        b_delta /= own
-    if units is None:
-        unit = row
-    else:
-        unit = tl.load(units + row, mask=m_i, other=0).to(INDEX)
-    # Past the segment's last key there is room for whole tiles; what it holds meets keys that do not exist.
-    o_d = row_origin + (unit - first_unit) * width
-    b_d = tl.load(difference + o_d[:, None] + o_j[None, :], mask=m_i[:, None], other=0.0)  # [BLOCK_M, BLOCK_N]
-    probabilities = tl.exp2(b_s - b_l[None, :])
-    if CAUSAL:
-        probabilities = tl.where((k_first + o_j)[:, None] <= row[None, :], probabilities, 0.0)
-    b_ds = probabilities * (tl.trans(b_d).to(tl.float32) * b_c[None, :] - b_delta[None, :])
-    operand, _ = rounded(b_ds, b_q.dtype, PRECISION)
-    return product(operand, b_q, b_dk, PRECISION), unit_scale
-
-
 @triton.jit(
     do_not_specialize=[
         "total_tokens",
@@ -165,6 +85,7 @@ def key_gradient_bwd_kernel(
 
     The rows come in the order group, segment, tile, head. Where an example has several slabs, a slab goes on from
     partial_dk, the sums of its tokens from partial_first on, where the last one left them: no bit depends on the slabs.
+    b_dk is held in units of unit_scale, a power of two that keeps float16 operands from underflowing.
     """
     SHARED: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     i_t = first_tile + tl.program_id(0) // NUM_KV_HEADS
@@ -178,6 +99,7 @@ def key_gradient_bwd_kernel(
     column = aligned_field(segment_table, key_segment, COLUMN, INDEX)
     column += tl.multiple_of(k_first - segment_first, BLOCK_N)
     scale = tl.cast(scale, tl.float32)
+    o_i = tl.arange(0, BLOCK_M)
     o_j = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     b_k = load_rows(k, k_descriptor, k_first, k_last, i_k, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D)
@@ -209,42 +131,45 @@ def key_gradient_bwd_kernel(
             last = tl.minimum(last, last_row)
             num_tiles = tl.maximum(tl.cdiv(last - begin, BLOCK_M), 0).to(tl.int32)
             for step in range(num_tiles * num_heads):
-                b_dk, unit_scale = key_gradient_step(
-                    b_k,
-                    b_dk,
-                    unit_scale,
-                    begin + (step // num_heads) * BLOCK_M,
-                    last,
-                    first_head + step % num_heads,
-                    i_g,
-                    i_y,
-                    k_first,
-                    row_origin,
-                    first_unit,
-                    width,
-                    q,
-                    q_descriptor,
-                    scale,
-                    logsumexp,
-                    row_maximum,
-                    delta,
-                    total_tokens,
-                    difference,
-                    coefficients,
-                    units,
-                    SEGMENTS,
-                    NUM_HEADS,
-                    HEAD_DIM,
-                    JOINT,
-                    CAUSAL,
-                    SCALED,
-                    FACTOR,
-                    PRECISION,
-                    INDEX,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_D,
-                )
+                q_first = begin + (step // num_heads) * BLOCK_M
+                i_h = first_head + step % num_heads
+                row = q_first + o_i
+                m_i = row < last
+                b_q = load_rows(q, q_descriptor, q_first, last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
+                if row_maximum is None:
+                    b_s = product(b_k, tl.trans(b_q), None, PRECISION) * scale  # [BLOCK_N, BLOCK_M]
+                else:
+                    # As the other kernels have it, to the bit: delta cancels only against its own probabilities.
+                    b_s = tl.trans(product(b_q, tl.trans(b_k), None, PRECISION)) * scale
+                o_l = tl.cast(i_h, INDEX) * total_tokens + row
+                if not JOINT:
+                    o_l += tl.cast(i_y * NUM_HEADS, INDEX) * total_tokens
+                b_l = tl.load(logsumexp + o_l, mask=m_i, other=float("inf"))
+                if row_maximum is not None:
+                    b_s = (b_s - tl.load(row_maximum + o_l, mask=m_i, other=0.0)[None, :]) * LOG2_E
+                b_delta = tl.load(delta + o_l, mask=m_i, other=0.0)
+                b_c = row_coefficients(coefficients, row, m_i, tl.cast(i_g, INDEX), i_y, total_tokens, SEGMENTS, FACTOR)
+                if SCALED > 0:
+                    # Under "joint" a row reaches keys of segments whose own coefficient is 0, through delta.
+                    largest = tl.maximum(tl.max(tl.abs(b_c)), tl.max(tl.abs(b_delta)) * SCALED)
+                    own = tl.where(largest > 0, power_of_two(largest), unit_scale)
+                    b_dk *= unit_scale / own
+                    unit_scale = own
+                    b_c /= own
+                    b_delta /= own
+                if units is None:
+                    unit = row
+                else:
+                    unit = tl.load(units + row, mask=m_i, other=0).to(INDEX)
+                # Past the segment's last key there is room for whole tiles; what it holds meets keys that do not exist.
+                o_r = row_origin + (unit - first_unit) * width
+                b_d = tl.load(difference + o_r[:, None] + o_j[None, :], mask=m_i[:, None], other=0.0)
+                probabilities = tl.exp2(b_s - b_l[None, :])
+                if CAUSAL:
+                    probabilities = tl.where((k_first + o_j)[:, None] <= row[None, :], probabilities, 0.0)
+                b_ds = probabilities * (tl.trans(b_d).to(tl.float32) * b_c[None, :] - b_delta[None, :])
+                operand, _ = rounded(b_ds, b_q.dtype, PRECISION)
+                b_dk = product(operand, b_q, b_dk, PRECISION)
     b_dk *= unit_scale
     if ENDS:
         p_k = dk + k_first * (NUM_KV_HEADS * HEAD_DIM)

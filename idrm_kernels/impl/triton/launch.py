@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +21,8 @@ def run(kernel: triton.JITFunction, grid: tuple[int, ...], **arguments) -> None:
     kernel[grid](**arguments)
 
 
-class Side(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Side:
     """One model's attention as kernels take it, and where the plan keeps its tokens."""
 
     q: Tensor
@@ -33,6 +34,7 @@ class Side(NamedTuple):
     c2p: Tensor | None
     p2c: Tensor | None
     is_teacher: bool
+    _descriptors: dict[tuple[str, int], TensorDescriptor | None] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def student(cls, problem: MapProblem) -> Side:
@@ -96,7 +98,9 @@ class Side(NamedTuple):
         """q and k, and where the architecture has tensor descriptors, theirs for the configuration's tiles."""
         arguments = {"q": self.q, "k": self.k}
         for name, block in (("q", own.block_m), ("k", own.block_n)):
-            arguments[f"{name}_descriptor"] = self._descriptor(arguments[name], block, arch)
+            if (name, block) not in self._descriptors:
+                self._descriptors[name, block] = self._descriptor(arguments[name], block, arch)
+            arguments[f"{name}_descriptor"] = self._descriptors[name, block]
         return arguments
 
     def _descriptor(self, tensor: Tensor, block: int, arch: str) -> TensorDescriptor | None:

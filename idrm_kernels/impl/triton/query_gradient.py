@@ -37,66 +37,6 @@ def row_coefficients(coefficients, o_i, m_i, i_g, i_y, total_tokens, SEGMENTS: t
 
 
 @triton.jit
-def query_gradient_step(
-    b_q,
-    b_l,
-    b_m,
-    b_c,
-    b_a,
-    b_b,
-    b_delta,
-    b_mu,
-    b_w,
-    b_p,
-    is_first,
-    p_d,
-    m_i,
-    q_first,
-    k_first,
-    k_last,
-    k,
-    k_descriptor,
-    scale,
-    kv_head,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_MAXIMUM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One column tile: adds to A, B [BLOCK_M, BLOCK_D] and to the sums of P dP, w and rounded P."""
-    o_j = tl.arange(0, BLOCK_N)
-    b_k = load_rows(k, k_descriptor, k_first, k_last, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D)
-    b_s = product(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_M, BLOCK_N]
-    b_s = b_s * scale
-    if HAS_MAXIMUM:
-        b_s = (b_s - b_m[:, None]) * LOG2_E
-    m_j = (o_j < k_last - k_first)[None, :]
-    if CAUSAL:
-        m_j &= (k_first + o_j)[None, :] <= (q_first + tl.arange(0, BLOCK_M))[:, None]
-    probabilities = tl.where(m_j, tl.exp2(b_s - b_l[:, None]), 0.0)
-    # Past the last key there is room for the whole tile, and anything in it.
-    b_d = tl.where(m_j, tl.load(p_d, mask=m_i[:, None], other=0.0).to(tl.float32), 0.0)
-    weighted = probabilities * (b_d * b_c[:, None])
-    own_delta = tl.sum(weighted, 1)
-    b_delta += own_delta
-    if b_k.dtype != tl.float32 or PRECISION != "ieee":
-        b_mu = tl.where(is_first, own_delta, b_mu)
-        weighted -= probabilities * b_mu[:, None]
-    operand, value = rounded(weighted, b_k.dtype, PRECISION)
-    b_a = product(operand, b_k, b_a, PRECISION)
-    operand_p, value_p = rounded(probabilities, b_k.dtype, PRECISION)
-    b_b = product(operand_p, b_k, b_b, PRECISION)
-    if b_k.dtype != tl.float32 or PRECISION != "ieee":
-        b_w += tl.sum(value, 1)
-        b_p += tl.sum(value_p, 1)
-    return b_a, b_b, b_delta, b_mu, b_w, b_p
-
-
-@triton.jit
 def without_mean(b_a, b_b, b_delta, b_w, b_p, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """A - B sum(w) / sum(P) [BLOCK_M, BLOCK_D]."""
     if dtype == tl.float32 and PRECISION == "ieee":
@@ -159,12 +99,14 @@ def query_gradient_bwd_kernel(
 ):
     """dq (total_tokens, num_heads, head_dim); delta (supports, num_heads, total_tokens); one row tile and head each.
 
+    A and B are b_a and b_b, the sums of w and of the rounded P b_w and b_p.
     coefficients (num_head_groups, total_tokens, segments); units, which say where a token's row of difference begins,
     are None where a unit is a token.
     SCALED rows are multiplied by a power of two while in half precision: float16 would underflow.
     """
     i_t = first_tile + tl.program_id(0) // num_heads_of_slab
     i_h = first_group * HEADS + tl.program_id(0) % num_heads_of_slab
+    i_k = i_h // (NUM_HEADS // NUM_KV_HEADS)
     i_g = i_h // HEADS
     query_segment = tl.load(row_tiles + i_t * 3).to(tl.int32)
     q_first = tl.load(row_tiles + i_t * 3 + 1).to(INDEX)
@@ -214,36 +156,30 @@ def query_gradient_bwd_kernel(
         b_c = row_coefficients(coefficients, row, m_i, tl.cast(i_g, INDEX), y, total_tokens, SEGMENTS, FACTOR)
         b_c /= row_scale
         for tile in range(tl.cdiv(last - first, BLOCK_N).to(tl.int32)):
-            b_a, b_b, b_delta, b_mu, b_w, b_p = query_gradient_step(
-                b_q,
-                b_l,
-                b_m,
-                b_c,
-                b_a,
-                b_b,
-                b_delta,
-                b_mu,
-                b_w,
-                b_p,
-                begun + tile == 0,
-                p_d + tile * BLOCK_N,
-                m_i,
-                q_first,
-                first + tile * BLOCK_N,
-                last,
-                k,
-                k_descriptor,
-                scale,
-                i_h // (NUM_HEADS // NUM_KV_HEADS),
-                NUM_KV_HEADS,
-                HEAD_DIM,
-                CAUSAL,
-                PRECISION,
-                row_maximum is not None,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-            )
+            k_first = first + tile * BLOCK_N
+            b_k = load_rows(k, k_descriptor, k_first, last, i_k, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D)
+            b_s = product(b_q, tl.trans(b_k), None, PRECISION) * scale  # [BLOCK_M, BLOCK_N]
+            if row_maximum is not None:
+                b_s = (b_s - b_m[:, None]) * LOG2_E
+            m_j = (o_j < last - k_first)[None, :]
+            if CAUSAL:
+                m_j &= (k_first + o_j)[None, :] <= row[:, None]
+            probabilities = tl.where(m_j, tl.exp2(b_s - b_l[:, None]), 0.0)
+            # Past the last key there is room for the whole tile, and anything in it.
+            b_d = tl.load(p_d + tile * BLOCK_N, mask=m_i[:, None], other=0.0).to(tl.float32)
+            weighted = probabilities * (tl.where(m_j, b_d, 0.0) * b_c[:, None])
+            own_delta = tl.sum(weighted, 1)
+            b_delta += own_delta
+            if b_k.dtype != tl.float32 or PRECISION != "ieee":
+                b_mu = tl.where(begun + tile == 0, own_delta, b_mu)
+                weighted -= probabilities * b_mu[:, None]
+            operand, value = rounded(weighted, b_k.dtype, PRECISION)
+            b_a = product(operand, b_k, b_a, PRECISION)
+            operand_p, value_p = rounded(probabilities, b_k.dtype, PRECISION)
+            b_b = product(operand_p, b_k, b_b, PRECISION)
+            if b_k.dtype != tl.float32 or PRECISION != "ieee":
+                b_w += tl.sum(value, 1)
+                b_p += tl.sum(value_p, 1)
         if JOINT:
             begun += (last > first).to(tl.int32)
         else:
