@@ -65,8 +65,11 @@ def _distance_shape(*arguments) -> Tensor:
 
 def _loss_shapes(problem: MapProblem, options: LossOptions) -> LossOutput:
     scalars = [problem.q.new_empty((), dtype=problem.dtype) for _ in range(3)]
-    gradients = (problem.q, problem.k) if options.needs_grad else (problem.q[:0], problem.k[:0])
-    return LossOutput(*scalars, *(torch.empty_like(tensor, dtype=problem.gradient_dtype) for tensor in gradients))
+    return LossOutput(*scalars, *problem.zero_gradients(problem.gradient_dtype, options.needs_grad))
+
+
+def _gradient_shapes(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 def _register_distance(name: str, module: ModuleType) -> Callable:
@@ -74,7 +77,7 @@ def _register_distance(name: str, module: ModuleType) -> Callable:
         f"attention_map_distance_{name}_backward",
         f"(Tensor coefficients, {SCHEMA}) -> (Tensor, Tensor)",
         lambda coefficients, *arguments: module.distance_backward(coefficients, MapProblem(*arguments)),
-        lambda coefficients, q, k, *rest: (torch.empty_like(q), torch.empty_like(k)),
+        lambda coefficients, q, k, *rest: _gradient_shapes(q, k),
     )
     torch.library.register_autograd(backward, _refuse_second_derivative)
     forward = _define(
@@ -115,7 +118,7 @@ def _register_loss(name: str, module: ModuleType) -> Callable:
         # it would otherwise leave this part out and be wrong.
         "(Tensor gradient, Tensor dq, Tensor dk, Tensor q, Tensor k) -> (Tensor, Tensor)",
         scaled,
-        lambda gradient, dq, dk, q, k: (torch.empty_like(q), torch.empty_like(k)),
+        lambda gradient, dq, dk, q, k: _gradient_shapes(q, k),
     )
     torch.library.register_autograd(backward, _refuse_second_derivative)
     forward = _define(

@@ -402,7 +402,7 @@ def distance(problem: MapProblem) -> Tensor:
 
 def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor, Tensor]:
     """dq and dk for the incoming gradient of the row distances."""
-    dq, dk = torch.zeros_like(problem.q), torch.zeros_like(problem.k)
+    dq, dk = problem.zero_gradients(problem.q.dtype)
     for example in range(problem.num_examples):
         gradients = ExampleGradients(problem, example)
         for block in example_blocks(problem, example):
@@ -435,8 +435,7 @@ def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
     """
     intra = torch.zeros((), dtype=problem.dtype, device=problem.q.device)
     inter = torch.zeros_like(intra)
-    gradient_tensors = (problem.q, problem.k) if options.needs_grad else (problem.q[:0], problem.k[:0])
-    dq, dk = (torch.zeros_like(tensor, dtype=problem.gradient_dtype) for tensor in gradient_tensors)
+    dq, dk = problem.zero_gradients(problem.gradient_dtype, options.needs_grad)
     weights = options.row_weights
     weights = intra.new_ones(problem.total_units) if weights is None else weights.to(problem.dtype)
     averaged = problem.num_head_groups * problem.num_examples

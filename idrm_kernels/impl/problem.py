@@ -75,6 +75,12 @@ class MapProblem:
         """What unscaled gradients wait in for the incoming scalar: float16 would underflow under a loss scale."""
         return torch.float32 if self.q.dtype == torch.float16 else self.q.dtype
 
+    def zero_gradients(self, dtype: torch.dtype, wanted: bool = True) -> tuple[Tensor, Tensor]:
+        """Zeros shaped as q and k, contiguous however these are strided; empty where no gradients are wanted."""
+        shapes = (tensor.shape if wanted else (0, *tensor.shape[1:]) for tensor in (self.q, self.k))
+        dq, dk = (self.q.new_zeros(shape, dtype=dtype) for shape in shapes)
+        return dq, dk
+
     @property
     def num_examples(self) -> int:
         """Examples of the batch."""

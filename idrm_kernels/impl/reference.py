@@ -144,7 +144,7 @@ def distance(problem: MapProblem) -> Tensor:
 
 def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor, Tensor]:
     """dq and dk for the incoming gradient of the row distances."""
-    dq, dk = torch.zeros_like(problem.q), torch.zeros_like(problem.k)
+    dq, dk = problem.zero_gradients(problem.q.dtype)
     for index in range(problem.num_examples):
         example = Example(problem, index)
         add_gradients(problem, example, coefficients[:, example.units], dq, dk)
@@ -162,8 +162,7 @@ def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
     """The loss and, where asked for, its gradients."""
     intra = torch.zeros((), dtype=problem.dtype, device=problem.q.device)
     inter = torch.zeros_like(intra)
-    gradient_tensors = (problem.q, problem.k) if options.needs_grad else (problem.q[:0], problem.k[:0])
-    dq, dk = (torch.zeros_like(tensor, dtype=problem.gradient_dtype) for tensor in gradient_tensors)
+    dq, dk = problem.zero_gradients(problem.gradient_dtype, options.needs_grad)
     for index in range(problem.num_examples):
         example = Example(problem, index)
         distances = example.distances()

@@ -68,6 +68,20 @@ def test_opcheck(case, requires_grad, impl, device):
     torch.library.opcheck(OPS[impl].loss, (*arguments, *options))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "requires-grad"])
+def test_opcheck_of_transposed_inputs(requires_grad, impl, device):
+    """As a (heads, tokens, head_dim) projection gives them: dense, but in another order than the gradients'."""
+    problem = make_problem(Case(lengths=((3, 2),), num_kv_heads=4), device)
+    q, k = (
+        tensor.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(requires_grad)
+        for tensor in (problem.student.q, problem.student.k)
+    )
+    student = dataclasses.replace(problem.student, q=q, k=k)
+    arguments = _arguments(student, problem.teacher, problem.layout, "l2", "block", 1, workspace_bytes=1 << 20)
+    torch.library.opcheck(OPS[impl].distance, arguments)
+    torch.library.opcheck(OPS[impl].loss, (*arguments, None, "frobenius", 1.0, 1.0, requires_grad))
+
+
 def training_step(problem, q, k, **options):
     student = dataclasses.replace(problem.student, q=q * 1.0, k=k * 1.0)
     loss = attention_map_loss(student, problem.teacher, problem.layout, **options).loss

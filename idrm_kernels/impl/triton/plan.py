@@ -85,6 +85,15 @@ class Plan:
             plan = cls._of_layouts[problem.plan] = cls(problem.plan, problem.segments, problem.num_examples)
         return plan
 
+    @functools.cached_property
+    def largest_segment(self) -> int:
+        """The elements of a workspace for the whole of one segment and head group, on the side that needs more."""
+        fields = (
+            (SegmentField.FIRST_TOKEN, SegmentField.LAST_TOKEN, SegmentField.WIDTH),
+            (SegmentField.TEACHER_FIRST_TOKEN, SegmentField.TEACHER_LAST_TOKEN, SegmentField.TEACHER_WIDTH),
+        )
+        return max((own[last] - own[first]) * own[width] for own in self.segments for first, last, width in fields)
+
     def values(self, section: Section) -> list[int]:
         """A section's values on the host."""
         return self._host[self.bounds[section]].tolist()

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from idrm_kernels.impl.problem import LossOptions, LossOutput, MapProblem
 from idrm_kernels.impl.triton.batch import Batch, Gradients
+
+
+def on_device_of(problem: MapProblem) -> contextlib.AbstractContextManager:
+    """Makes the tensors' device the current one, which is where Triton launches."""
+    device = problem.q.device
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def distance(problem: MapProblem) -> Tensor:
@@ -15,32 +23,34 @@ def distance(problem: MapProblem) -> Tensor:
     # Zeros, for a key segment may be empty.
     distances = torch.zeros(shape, dtype=torch.float32, device=problem.q.device)
     if problem.total_units:
-        batch = Batch(problem)
-        for slab in batch.slabs(needs_difference=False, needs_distances=True):
-            batch.compare(slab, needs_difference=False, distances=distances)
+        with on_device_of(problem):
+            batch = Batch(problem)
+            for slab in batch.slabs(needs_difference=False, needs_distances=True):
+                batch.compare(slab, needs_difference=False, distances=distances)
     return distances
 
 
 def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor, Tensor]:
     """dq and dk for the incoming gradient of the row distances."""
     if not problem.total_units:
-        return torch.zeros_like(problem.q), torch.zeros_like(problem.k)
-    batch = Batch(problem)
-    gradients = Gradients(batch, problem.q.dtype)
-    coefficients = coefficients.to(torch.float32).contiguous()
-    for slab in batch.slabs(needs_difference=True, needs_distances=False):
-        difference = batch.compare(slab, needs_difference=True, distances=None)
-        batch.gradients(slab, difference, coefficients, gradients)
+        return problem.zero_gradients(problem.q.dtype)
+    with on_device_of(problem):
+        batch = Batch(problem)
+        gradients = Gradients(batch, problem.q.dtype)
+        coefficients = coefficients.to(torch.float32).contiguous()
+        for slab in batch.slabs(needs_difference=True, needs_distances=False):
+            difference = batch.compare(slab, needs_difference=True, distances=None)
+            batch.gradients(slab, difference, coefficients, gradients)
     return gradients.dq, gradients.dk
 
 
 def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
     """The loss and, where asked for, its gradients."""
     if problem.total_units:
-        return loss_of(Batch(problem), options)
+        with on_device_of(problem):
+            return loss_of(Batch(problem), options)
     scalars = [torch.zeros((), dtype=torch.float32, device=problem.q.device) for _ in range(3)]
-    tensors = (problem.q, problem.k) if options.needs_grad else (problem.q[:0], problem.k[:0])
-    return LossOutput(*scalars, *(torch.zeros_like(tensor, dtype=problem.gradient_dtype) for tensor in tensors))
+    return LossOutput(*scalars, *problem.zero_gradients(problem.gradient_dtype, options.needs_grad))
 
 
 def loss_of(batch: Batch, options: LossOptions) -> LossOutput:
@@ -52,9 +62,8 @@ def loss_of(batch: Batch, options: LossOptions) -> LossOutput:
     problem = batch.problem
     shape = (problem.num_head_groups, problem.total_units, problem.segments)
     distances = torch.zeros(shape, dtype=torch.float32, device=problem.q.device)
-    losses = torch.zeros(
-        (problem.num_head_groups, problem.num_examples * problem.segments, problem.segments), device=problem.q.device
-    )
+    blocks = (problem.num_head_groups, problem.num_examples * problem.segments, problem.segments)
+    losses = torch.zeros(blocks, dtype=torch.float32, device=problem.q.device)
     coefficients = torch.empty_like(distances) if options.needs_grad else None
     if options.row_weights is not None:
         options = options._replace(row_weights=options.row_weights.contiguous())
@@ -75,5 +84,4 @@ def loss_of(batch: Batch, options: LossOptions) -> LossOutput:
     scalars = batch.total_loss(options, losses)
     if options.needs_grad:
         return LossOutput(*scalars, gradients.dq, gradients.dk)
-    nothing = (torch.empty_like(tensor[:0], dtype=problem.gradient_dtype) for tensor in (problem.q, problem.k))
-    return LossOutput(*scalars, *nothing)
+    return LossOutput(*scalars, *problem.zero_gradients(problem.gradient_dtype, wanted=False))
