@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments, EmbeddedArguments)
 # The help flag, and flags of the programs that start ours: DeepSpeed's launcher and pip.
-OTHER_FLAGS = {"help", "num_accelerators", "no-build-isolation"}
+OTHER_FLAGS = {"help", "num_accelerators", "no-build-isolation", "arch", "dtype"}
 
 
 def blocks(language: str) -> list[str]:
