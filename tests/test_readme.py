@@ -26,7 +26,7 @@ from idrm.preference import convert_record, drop_reason
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments, EmbeddedArguments)
-# The help flag, and flags of the programs that start ours: DeepSpeed's launcher and pip.
+# The help flag, and flags of the other commands shown: DeepSpeed's launcher, pip, the compile report.
 OTHER_FLAGS = {"help", "num_accelerators", "no-build-isolation", "arch", "dtype"}
 
 

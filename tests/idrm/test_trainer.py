@@ -16,6 +16,7 @@ from idrm.interaction import InteractionLoss
 from idrm.metrics import COLUMNS
 from idrm.preference import load_preferences
 from idrm.trainer import RewardTrainer
+from idrm_kernels import available_implementations
 
 
 @pytest.fixture
@@ -316,3 +317,15 @@ def test_rewards_longer_than_the_teacher_reads_still_train(make_trainer):
     batch = trainer.data_collator([cut, pair])
     assert torch.isfinite(trainer.compute_loss(trainer.model, batch))
     assert dataclasses.is_dataclass(batch["interaction"])
+
+
+@pytest.mark.parametrize("teacher_layers", [(-1,), (-1, -2)], ids=["one-block", "two-blocks"])
+def test_every_kernel_trains_alike(make_trainer, teacher_layers):
+    """The default and every other implementation that runs here: the losses of the one that materialises the maps."""
+    options = {"student_layers": teacher_layers, "teacher_layers": teacher_layers}
+    options |= {"per_device_train_batch_size": 2, "max_steps": 2}
+    names = ("loss", "grad_norm", "interaction_loss", "intra_loss", "inter_loss", "interaction_ratio")
+    expected = training_records(make_trainer(interaction={"kernel_impl": "reference"}, **options))
+    for impl in ("auto", *available_implementations()):
+        records = training_records(make_trainer(interaction={"kernel_impl": impl}, **options))
+        same(records, expected, names, rel=1e-4)
