@@ -40,8 +40,9 @@ from idrm_kernels.layout import MapLayout
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 HEAD_DIMS = (64, 128)
-# Teachers and units that lead to different kernels: computed or stored maps, with a position bias, merged units.
-VARIANTS = ("packed", "stored", "bias", "merged", "merged stored")
+# What leads to other code, by its words: maps computed or stored, with a position bias, merged units, one softmax over
+# all segments, the divergence, a causal mask, 64-row slabs.
+VARIANTS = ("packed", "stored", "bias", "merged", "merged stored", "joint kl", "causal", "cut")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,24 +87,30 @@ def recorded_launches(arch: str, dtype: str, head_dim: int, variant: str) -> dic
     """The kernels of a loss with gradients and the arguments they would be launched with, by name."""
     tokens, heads, slots = 256, 4, 512
     q, k = (torch.zeros(tokens, heads, head_dim, dtype=DTYPES[dtype]) for _ in range(2))
+    segments = 1 if "causal" in variant else 2
     units = [token // 2 for token in range(tokens)] if "merged" in variant else None
-    layout = MapLayout.build([0, tokens // 2, tokens], unit_of_token=units)
-    student = PackedAttention(q, k)
-    teacher = PackedAttention(q, k)
+    layout = MapLayout.build(range(0, tokens + 1, tokens // segments), segments=segments, unit_of_token=units)
+    student = teacher = PackedAttention(q, k, causal="causal" in variant)
     if "bias" in variant:
         tables = [torch.zeros(tokens, heads, slots, dtype=DTYPES[dtype]) for _ in range(2)]
         positions, slot_of_delta = torch.zeros(tokens, dtype=torch.int32), torch.zeros(1023, dtype=torch.int32)
         teacher = PackedAttention(q, k, position_bias=DisentangledBias(positions, slot_of_delta, *tables))
     elif "stored" in variant:
         teacher = StoredMaps(torch.zeros(1, 1, layout.max_units, layout.max_units, dtype=DTYPES[dtype]))
+    metric = "kl" if "kl" in variant else "l2"
+    normalization = "joint" if "joint" in variant else "block"
+    workspace_bytes = 0 if "cut" in variant else 64 << 20
     launches = {}
 
     def record(kernel, grid, **arguments) -> None:
-        # A kernel is launched for the student without, and for the teacher with, the position bias.
+        # A kernel may be launched for the student without, and for the teacher with, the position bias; the one for
+        # keys by the first, by a later and by the last slab of an example.
         name = kernel.fn.__name__ + (" with bias" if arguments.get("positions") is not None else "")
+        if "BEGINS" in arguments and not (arguments["BEGINS"] and arguments["ENDS"]):
+            name += " begun" if arguments["ENDS"] else " to go on"
         launches.setdefault(name, (kernel, arguments))
 
-    problem = MapProblem(*_flat(student, teacher, layout, "l2", "block", 1, 64 << 20))
+    problem = MapProblem(*_flat(student, teacher, layout, metric, normalization, 1, workspace_bytes))
     with _matmul_precision("high" if dtype == "tf32" else "highest"):
         loss_of(Batch(problem, arch=arch, run=record), LossOptions(None, "frobenius", 1.0, 1.0, True))
     return launches

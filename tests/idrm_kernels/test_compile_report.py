@@ -39,7 +39,18 @@ def test_nothing_spills(arch, dtype, tmp_path):
 def test_other_architectures_compile(arch, name, tmp_path):
     path = tmp_path / "report.json"
     result = report(
-        "--arch", arch, "--dtype", "bf16", "--head-dim", "64", "--variant", "packed", "bias", "--json", str(path)
+        "--arch",
+        arch,
+        "--dtype",
+        "bf16",
+        "--head-dim",
+        "64",
+        "--variant",
+        "packed",
+        "bias",
+        "causal",
+        "--json",
+        str(path),
     )
     assert result.returncode == 0, result.stderr
     rows = [row for row in json.loads(path.read_text()) if row["kernel"].startswith(PRODUCTS)]

@@ -74,6 +74,8 @@ class Batch:
         head_dim = max(side.head_dim for side in sides)
         arithmetic = max((side.arithmetic for side in sides), key=ARITHMETIC.index)
         kernel += " with bias" if any(side.has_bias for side in sides) else ""
+        if self.problem.metric == "kl" and kernel in ("difference", "query_gradient", "key_gradient"):
+            kernel += " kl"
         launch_configured(kernel, head_dim, arithmetic, self.arch, run, repeats)
 
     def section(self, section: Section) -> Tensor:

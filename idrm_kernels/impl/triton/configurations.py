@@ -74,23 +74,28 @@ def _by_head_dim(*tiles: tuple[int, int, int, int]) -> dict[int, Configuration]:
     return {size: Configuration(*tiles[min(i, len(tiles) - 1)]) for i, size in enumerate((64, 128, 256))}
 
 
-# By kind of product, then by kernel; what "fp16" does not name is as for "bf16". Row tiles (BLOCK_M) of the kernels
+# By kind of product, then by kernel; "kl" takes the plain kernel's where it is not named: its derivatives are float32,
+# and its logarithms take registers. Row tiles (BLOCK_M) of the kernels
 # that have them are of tiles.TILE_SIZES, runs of tiles.RUN_TOKENS, and the key gradient's divide plan.SLAB_ROWS.
+_HOPPER_BF16 = {
+    "logsumexp": _by_head_dim((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+    "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
+    "difference": _by_head_dim((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
+    "difference kl": _by_head_dim((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "head_mean": _by_head_dim((64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 2)),
+    "head_mean with bias": _by_head_dim((64, 64, 8, 2)),
+    "query_gradient": _by_head_dim((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+    "query_gradient kl": _by_head_dim((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+    "key_gradient": _by_head_dim((64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+}
 _HOPPER = {
-    "bf16": {
-        "logsumexp": _by_head_dim((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
-        "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
-        "difference": _by_head_dim((128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)),
-        "head_mean": _by_head_dim((64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 2)),
-        "head_mean with bias": _by_head_dim((64, 64, 8, 2)),
-        "query_gradient": _by_head_dim((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
-        "key_gradient": _by_head_dim((64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
-    },
-    "fp16": {"query_gradient": _by_head_dim((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2))},
+    "bf16": _HOPPER_BF16,
+    "fp16": {**_HOPPER_BF16, "query_gradient": _by_head_dim((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2))},
     "tf32": {
         "logsumexp": _by_head_dim((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
         "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
         "difference": _by_head_dim((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
+        "difference kl": _by_head_dim((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
         "head_mean": _by_head_dim((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
         "head_mean with bias": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
@@ -106,32 +111,35 @@ _HOPPER = {
         "key_gradient": _by_head_dim((64, 64, 8, 1), (64, 64, 8, 1), (16, 64, 8, 1)),
     },
 }
+_BLACKWELL_BF16 = {
+    **_HOPPER_BF16,
+    "head_mean with bias": _by_head_dim((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+    "key_gradient": _by_head_dim((64, 128, 8, 3), (64, 64, 8, 2)),
+}
 _BLACKWELL = {
-    **_HOPPER,
-    "bf16": {
-        **_HOPPER["bf16"],
-        "head_mean with bias": _by_head_dim((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
-        "key_gradient": _by_head_dim((64, 128, 8, 3), (64, 64, 8, 2)),
-    },
+    "bf16": _BLACKWELL_BF16,
+    "fp16": {**_BLACKWELL_BF16, "query_gradient": _HOPPER["fp16"]["query_gradient"]},
     "tf32": {
         **_HOPPER["tf32"],
         "head_mean with bias": _by_head_dim((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "key_gradient": _by_head_dim((32, 128, 8, 2), (32, 128, 8, 2), (16, 64, 8, 1)),
         "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1)),
     },
+    "ieee": _HOPPER["ieee"],
 }
 # Every architecture without tables of its own takes these, which keep to the 99 KB of shared memory of sm_86 and sm_89.
+_AMPERE_BF16 = {
+    "logsumexp": _by_head_dim((128, 64, 8, 2)),
+    "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
+    "difference": _by_head_dim((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+    "head_mean": _by_head_dim((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+    "head_mean with bias": _by_head_dim((64, 64, 8, 2)),
+    "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+    "key_gradient": _by_head_dim((32, 128, 8, 2), (64, 64, 8, 2)),
+}
 _AMPERE = {
-    "bf16": {
-        "logsumexp": _by_head_dim((128, 64, 8, 2)),
-        "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
-        "difference": _by_head_dim((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
-        "head_mean": _by_head_dim((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
-        "head_mean with bias": _by_head_dim((64, 64, 8, 2)),
-        "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
-        "key_gradient": _by_head_dim((32, 128, 8, 2), (64, 64, 8, 2)),
-    },
-    "fp16": {},
+    "bf16": _AMPERE_BF16,
+    "fp16": {**_AMPERE_BF16, "key_gradient kl": _by_head_dim((64, 64, 8, 2))},
     "tf32": {
         "logsumexp": _by_head_dim((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
         "logsumexp with bias": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
@@ -144,57 +152,55 @@ _AMPERE = {
     "ieee": _HOPPER["ieee"],
 }
 # 64 KB of shared memory, warps of 64 threads.
-_CDNA3 = {
-    "bf16": {
-        "logsumexp": _by_head_dim((128, 64, 4, 1)),
-        "logsumexp with bias": _by_head_dim((64, 64, 4, 1)),
-        "difference": _by_head_dim((128, 64, 4, 1), (128, 64, 4, 1), (64, 64, 4, 1)),
-        "head_mean": _by_head_dim((64, 128, 4, 1), (64, 64, 4, 1)),
-        "head_mean with bias": _by_head_dim((64, 64, 4, 1)),
-        "query_gradient": _by_head_dim((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
-        "key_gradient": _by_head_dim((64, 64, 4, 1), (64, 64, 4, 1), (32, 64, 4, 1)),
-    },
-    "fp16": {},
-    "tf32": {},
-    "ieee": {
-        "logsumexp": _by_head_dim((64, 64, 4, 1)),
-        "logsumexp with bias": _by_head_dim((64, 64, 4, 1)),
-        "difference": _by_head_dim((64, 64, 4, 1)),
-        "head_mean": _by_head_dim((64, 64, 4, 1)),
-        "head_mean with bias": _by_head_dim((64, 64, 4, 1)),
-        "query_gradient": _by_head_dim((64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
-        "key_gradient": _by_head_dim((32, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
-    },
+_CDNA3_HALF = {
+    "logsumexp": _by_head_dim((128, 64, 4, 1)),
+    "logsumexp with bias": _by_head_dim((64, 64, 4, 1)),
+    "difference": _by_head_dim((128, 64, 4, 1), (128, 64, 4, 1), (64, 64, 4, 1)),
+    "head_mean": _by_head_dim((64, 128, 4, 1), (64, 64, 4, 1)),
+    "head_mean with bias": _by_head_dim((64, 64, 4, 1)),
+    "query_gradient": _by_head_dim((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
+    "key_gradient": _by_head_dim((64, 64, 4, 1), (64, 64, 4, 1), (32, 64, 4, 1)),
 }
+_CDNA3_FLOAT = {
+    "logsumexp": _by_head_dim((64, 64, 4, 1)),
+    "logsumexp with bias": _by_head_dim((64, 64, 4, 1)),
+    "difference": _by_head_dim((64, 64, 4, 1)),
+    "head_mean": _by_head_dim((64, 64, 4, 1)),
+    "head_mean with bias": _by_head_dim((64, 64, 4, 1)),
+    "query_gradient": _by_head_dim((64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
+    "key_gradient": _by_head_dim((32, 64, 4, 1), (32, 64, 4, 1), (16, 64, 4, 1)),
+}
+_CDNA3 = {"bf16": _CDNA3_HALF, "fp16": _CDNA3_HALF, "tf32": _CDNA3_FLOAT, "ieee": _CDNA3_FLOAT}
 # Fewer and larger programs are quicker to interpret; the shapes differ so that tests meet several.
 _INTERPRETER = {
-    "bf16": {
-        "logsumexp": _by_head_dim((128, 64, 1, 1)),
-        "logsumexp with bias": _by_head_dim((64, 128, 1, 1)),
-        "difference": _by_head_dim((128, 128, 1, 1), (64, 128, 1, 1)),
-        "head_mean": _by_head_dim((64, 128, 1, 1), (64, 64, 1, 1)),
-        "head_mean with bias": _by_head_dim((64, 128, 1, 1)),
-        "query_gradient": _by_head_dim((128, 64, 1, 1), (64, 128, 1, 1)),
-        "key_gradient": _by_head_dim((64, 128, 1, 1), (32, 64, 1, 1)),
-    },
-    "fp16": {},
-    "tf32": {},
-    "ieee": {},
+    "logsumexp": _by_head_dim((128, 64, 1, 1)),
+    "logsumexp with bias": _by_head_dim((64, 128, 1, 1)),
+    "difference": _by_head_dim((128, 128, 1, 1), (64, 128, 1, 1)),
+    "head_mean": _by_head_dim((64, 128, 1, 1), (64, 64, 1, 1)),
+    "head_mean with bias": _by_head_dim((64, 128, 1, 1)),
+    "query_gradient": _by_head_dim((128, 64, 1, 1), (64, 128, 1, 1)),
+    "key_gradient": _by_head_dim((64, 128, 1, 1), (32, 64, 1, 1)),
 }
-PINNED = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "gfx942": _CDNA3, "interpreter": _INTERPRETER}
+PINNED = {
+    "sm_80": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _BLACKWELL,
+    "gfx942": _CDNA3,
+    "interpreter": dict.fromkeys(ARITHMETIC, _INTERPRETER),
+}
 
 
 def pinned(kernel: str, head_dim: int, arithmetic: str, arch: str) -> Configuration:
-    """The configuration of a kernel: "logsumexp", "logsumexp with bias", "difference", "head_mean", and so on."""
-    own = PINNED[arch][arithmetic].get(kernel) or PINNED[arch]["bf16"][kernel]
-    return own[max(64, block_d(head_dim))]
+    """The configuration of a kernel: "logsumexp", "logsumexp with bias", "difference", "difference kl", and so on."""
+    own = PINNED[arch][arithmetic]
+    return own.get(kernel, own.get(kernel.removesuffix(" kl")))[max(64, block_d(head_dim))]
 
 
 def candidates(kernel: str, head_dim: int, arithmetic: str, arch: str) -> list[Configuration]:
     """What a search tries: the pinned configuration first, then other tiles that the plan has, warps and stages."""
     first = pinned(kernel, head_dim, arithmetic, arch)
-    rows = {"head_mean": (64,), "head_mean with bias": (64,), "key_gradient": (32, 64)}.get(kernel, (64, 128))
-    columns = (32, 64, 128) if kernel in ("query_gradient", "key_gradient", "logsumexp") else (64, 128)
+    rows = (64,) if kernel.startswith("head_mean") else (32, 64) if kernel.startswith("key_gradient") else (64, 128)
+    columns = (32, 64, 128) if kernel.startswith(("query_gradient", "key_gradient", "logsumexp")) else (64, 128)
     others = itertools.starmap(Configuration, itertools.product(rows, columns, (4, 8), (1, 2, 3)))
     return [first, *(other for other in others if other != first)]
 
