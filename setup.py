@@ -55,7 +55,7 @@ def extension():
         depends=sorted(path.as_posix() for path in Path("csrc").glob("*.h")),
         define_macros=MACROS,
         # Contracted multiply-adds; no other liberty with floating point.
-        extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", *sanitize],
+        extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-maybe-uninitialized", *sanitize],
         extra_link_args=[*sanitize],
         libraries=["torch", "torch_cpu", "c10"],
         py_limited_api=True,

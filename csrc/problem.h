@@ -36,6 +36,7 @@ struct Problem {
   const int64_t* cu_units = nullptr;  // (num_examples * segments + 1,)
   int64_t segments = 0, num_examples = 0, total_units = 0, num_head_groups = 1;
   bool kl = false, joint = false;
+  int64_t workspace_bytes = 0;  // changes no bit of the result
 
   Task task = Task::distance;
   Reduction reduction = Reduction::frobenius;

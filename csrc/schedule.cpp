@@ -4,6 +4,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,14 +19,11 @@
 namespace idrm {
 namespace {
 
-// Numerators of a chunk: larger and they leave the caches; smaller and every row's keys are read too often.
-constexpr int64_t kNumeratorBytes = 4 << 20;
-constexpr int64_t kLeastChunkRows = 16, kMostChunkRows = 64;
+// Every chunk of rows reads all keys and adds to all of dk once: more rows, less of that, as long as the numerators,
+// which are written and read once, do not crowd out the rest of the last cache.
+constexpr int64_t kMostChunkRows = 128, kLeastChunkRows = 16, kNumeratorBytes = 16 << 20;
 // A strand has at least this many rows, for its dk has to be added to the others'; and these stay within these bytes.
 constexpr int64_t kStrandRows = 256, kStrandBytes = 32 << 20;
-// A wave takes more blocks than the threads need up to this size.
-constexpr int64_t kWaveBytes = 32 << 20;
-
 int64_t element_bytes(Element element) {
   return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2;
 }
@@ -39,7 +40,15 @@ double row_weight(const Problem& problem, int64_t unit) {
 class Memory {
  public:
   explicit Memory(int64_t bytes)
-      : tensor_(torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte)) {}
+      : tensor_(torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte)) {
+#ifdef __linux__
+    // Huge pages: every call touches new memory, and products step through it by more than a small page.
+    constexpr uintptr_t page = 2 << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data()) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data()) + bytes) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  }
   char* data() const { return static_cast<char*>(tensor_.mutable_data_ptr()); }
 
  private:
@@ -112,8 +121,9 @@ struct ExampleState {
     view.student = side(tokens, view.units);
     view.teacher = side(teacher_tokens, view.units);
     const int64_t heads = problem.student.num_heads / problem.num_head_groups;
-    const int64_t row_bytes = std::max<int64_t>(1, heads * tokens.column.back() * compute_bytes(problem));
-    view.chunk_rows = std::clamp(kNumeratorBytes / row_bytes / 2 * 2, kLeastChunkRows, kMostChunkRows);
+    const int64_t row_bytes = heads * tokens.column.back() * compute_bytes(problem);
+    view.chunk_rows = kMostChunkRows;
+    while (view.chunk_rows > kLeastChunkRows && view.chunk_rows * row_bytes > kNumeratorBytes) view.chunk_rows /= 2;
     for (int64_t x = 0; x < problem.segments; ++x) chunks.push_back(cut(problem, x));
   }
 
@@ -210,15 +220,18 @@ template <class T>
 class Run {
  public:
   explicit Run(const Problem& problem)
-      : problem_(problem), kernels_(choose_kernels(problem)), threads_(torch::stable::get_num_threads()) {}
+      : problem_(problem), kernels_(choose_kernels(problem)), threads_(torch::stable::get_num_threads()) {
+    const Side& side = problem.student;
+    input_bytes_ = side.unit_offsets[problem.total_units] * (side.num_heads + side.num_kv_heads) * side.head_dim *
+                   element_bytes(side.element);
+  }
 
   Losses run() {
     std::vector<std::unique_ptr<ExampleState>> wave_examples;
     std::vector<std::unique_ptr<BlockState>> wave;
-    const int64_t input_bytes = bytes(problem_.student);
     int64_t size = 0, strands = 0;
     auto finish = [&] {
-      if (!wave.empty()) run_wave(wave);
+      if (!wave.empty()) run_wave(wave, size);
       wave.clear();
       size = strands = 0;
       while (wave_examples.size() > 1 || (wave_examples.size() == 1 && wave_examples[0]->blocks_left == 0))
@@ -238,8 +251,8 @@ class Run {
           if (state.units.count[x] == 0) continue;
           auto block = std::make_unique<BlockState>(problem_, state, group, x);
           const int64_t more = block->bytes();
-          const bool enough = size + more > kWaveBytes && strands >= threads_;
-          if (!wave.empty() && (enough || size + more > kWaveBytes + 4 * input_bytes)) finish();
+          const bool enough = size + more > problem_.workspace_bytes / 2 && strands >= threads_;
+          if (!wave.empty() && (enough || size + more > problem_.workspace_bytes / 2 + 6 * input_bytes_)) finish();
           size += more;
           strands += static_cast<int64_t>(block->strands.size());
           --state.blocks_left;
@@ -251,14 +264,9 @@ class Run {
   }
 
  private:
-  static int64_t tokens(const Problem& problem, const int64_t* offsets) { return offsets[problem.total_units]; }
-
-  int64_t bytes(const Side& side) const {
-    return tokens(problem_, side.unit_offsets) * (side.num_heads + side.num_kv_heads) * side.head_dim *
-           element_bytes(side.element);
-  }
-
-  void run_wave(std::vector<std::unique_ptr<BlockState>>& wave) {
+  // `size` is what the wave takes beside its threads' arenas, which get what is left of the bound that the kernel keeps:
+  // the workspace and, with the gradients that it returns, 8 times the student's q and k.
+  void run_wave(std::vector<std::unique_ptr<BlockState>>& wave, int64_t size) {
     Parts memory;
     std::vector<ExampleState*> examples;
     std::vector<const Strand*> strands;
@@ -271,7 +279,9 @@ class Run {
       }
       for (const Strand& strand : block->strands) strands.push_back(&strand);
     }
-    const int64_t workers = std::min<int64_t>(threads_, strands.size());
+    const int64_t most = std::min<int64_t>(threads_, strands.size());
+    const int64_t left = problem_.workspace_bytes + 7 * input_bytes_ - size;
+    const int64_t workers = std::clamp<int64_t>(left / std::max<int64_t>(arena_bytes, 1), 1, most);
     std::vector<char*> arenas(workers);
     for (char*& arena : arenas) memory.want(arena, arena_bytes);
     memory.allocate();
@@ -366,6 +376,7 @@ class Run {
   const Problem& problem_;
   const Kernels& kernels_;
   const int64_t threads_;
+  int64_t input_bytes_;
   Losses losses_;
 };
 

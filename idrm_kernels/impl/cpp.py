@@ -90,6 +90,7 @@ def _run(problem: MapProblem, task: str, coefficients: Tensor | None, options: L
         problem.metric == "kl",
         problem.normalization == "joint",
         problem.num_head_groups,
+        problem.workspace_bytes,
         TASKS.index(task),
         0 if options is None else REDUCTIONS.index(options.reduction),
         1.0 if options is None else options.intra_weight,
