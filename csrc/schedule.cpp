@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -64,24 +65,42 @@ class Parts {
   }
   int64_t size() const { return size_; }
   void allocate() {
-    memory_ = std::make_unique<Memory>(size_);
-    for (const auto& [part, offset] : parts_) *part = memory_->data() + offset;
+#ifdef __SANITIZE_ADDRESS__
+    // Apart from each other, so that a step over the end of one is found.
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      const int64_t end = i + 1 < parts_.size() ? parts_[i + 1].second : size_;
+      memory_.push_back(std::make_unique<Memory>(end - parts_[i].second));
+      *parts_[i].first = memory_.back()->data();
+    }
+#else
+    memory_.push_back(std::make_unique<Memory>(size_));
+    for (const auto& [part, offset] : parts_) *part = memory_[0]->data() + offset;
+#endif
   }
 
  private:
   std::vector<std::pair<char**, int64_t>> parts_;
   int64_t size_ = 0;
-  std::unique_ptr<Memory> memory_;
+  std::vector<std::unique_ptr<Memory>> memory_;
 };
 
 // Calls work(task, thread) for every task, the next one as soon as a thread is free.
 template <class Work>
 void in_parallel(int64_t tasks, int64_t threads, const Work& work) {
   std::atomic<int64_t> next{0};
+  auto take = [&](int64_t thread) {
+    for (int64_t task = next++; task < tasks; task = next++) work(task, thread);
+  };
+#ifdef __SANITIZE_THREAD__
+  // ThreadSanitizer does not see the barriers of torch's thread pool.
+  std::vector<std::thread> pool;
+  for (int64_t thread = 0; thread < std::min(tasks, threads); ++thread) pool.emplace_back(take, thread);
+  for (std::thread& thread : pool) thread.join();
+#else
   torch::stable::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t task = next++; task < tasks; task = next++) work(task, thread);
+    for (int64_t thread = begin; thread < end; ++thread) take(thread);
   });
+#endif
 }
 
 struct ColumnCounts {

@@ -3,6 +3,10 @@
 
 #include "score_gradients.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace idrm {
 namespace IDRM_CAPABILITY {
 
@@ -33,6 +37,10 @@ struct Buffers {
     auto put = [&](auto*& pointer, int64_t count) {
       pointer = reinterpret_cast<decltype(pointer + 0)>(base + bytes);
       bytes += (count * static_cast<int64_t>(sizeof(*pointer)) + 63) / 64 * 64;
+#ifdef __SANITIZE_ADDRESS__
+      if (base != nullptr) __asan_poison_memory_region(base + bytes, 64);
+      bytes += 64;
+#endif
     };
     put(numerators, heads * rows * columns);
     put(inverse, heads * rows * segments);
