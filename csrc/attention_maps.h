@@ -66,19 +66,20 @@ struct Maps {
   static void add_position_bias(const Rows& rows, int64_t head, const int32_t* slots, T* out) {
     const Side& side = *rows.side;
     const Columns& tokens = rows.keys->tokens;
-    for (int64_t i = 0; i < rows.count; ++i)
-      for (int64_t y = 0; y < rows.problem->segments; ++y) {
-        T* row = out + i * tokens.width + tokens.column[y];
-        const int32_t* slot = slots + i * tokens.width + tokens.column[y];
-        if (side.c2p != nullptr) {
-          const int64_t own = ((rows.first + i) * side.num_heads + head) * side.num_slots;
-          add_entries(side.c2p, side.c2p_element, own, 0, slot, tokens.count[y], row);
+    const int64_t token = side.num_heads * side.num_slots, own = head * side.num_slots;
+    // Keys by the block, whose entries of p2c stay in the cache from row to row.
+    constexpr int64_t block = kAlignment;
+    for (int64_t y = 0; y < rows.problem->segments; ++y)
+      for (int64_t j = 0; j < tokens.count[y]; j += block)
+        for (int64_t i = 0; i < rows.count; ++i) {
+          const int64_t at = i * tokens.width + tokens.column[y] + j;
+          const int64_t left = tokens.count[y] - j, count = left < block ? left : block;
+          if (side.c2p != nullptr)
+            add_entries(side.c2p, side.c2p_element, (rows.first + i) * token + own, 0, slots + at, count, out + at);
+          if (side.p2c != nullptr)
+            add_entries(
+                side.p2c, side.p2c_element, (tokens.first[y] + j) * token + own, token, slots + at, count, out + at);
         }
-        if (side.p2c != nullptr) {
-          const int64_t own = (tokens.first[y] * side.num_heads + head) * side.num_slots;
-          add_entries(side.p2c, side.p2c_element, own, side.num_heads * side.num_slots, slot, tokens.count[y], row);
-        }
-      }
   }
 
   static void add_entries(

@@ -35,9 +35,11 @@ struct Buffers {
     const int64_t dim = problem.student.head_dim, teacher_dim = problem.teacher.head_dim;
     int64_t bytes = 0;
     auto put = [&](auto*& pointer, int64_t count) {
-      pointer = reinterpret_cast<decltype(pointer + 0)>(base + bytes);
+      const int64_t begin = bytes;
+      pointer = reinterpret_cast<decltype(pointer + 0)>(base + begin);
       bytes += (count * static_cast<int64_t>(sizeof(*pointer)) + 63) / 64 * 64;
 #ifdef __SANITIZE_ADDRESS__
+      if (base != nullptr) __asan_unpoison_memory_region(base + begin, bytes - begin);
       if (base != nullptr) __asan_poison_memory_region(base + bytes, 64);
       bytes += 64;
 #endif
