@@ -16,7 +16,7 @@ endif
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 python := $(VENV)/bin/python
 pip_install = $(python) -m pip install --quiet --constraint constraints.txt
-inputs := pyproject.toml setup.py constraints.txt Makefile
+inputs := pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 
 .PHONY: train test lint install
 .DELETE_ON_ERROR:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -20,6 +22,8 @@ Implementation = Literal["auto", "triton", "cpp", "torch", "reference"]
 METRICS = ("l2", "kl")
 NORMALIZATIONS = ("block", "joint")
 DEFAULT_WORKSPACE_BYTES = 64 << 20
+# What "auto" tries, in order, by the device that the tensors are on; "torch" runs anywhere.
+PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 
 
 class MapLoss(NamedTuple):
@@ -167,17 +171,35 @@ def available_implementations() -> tuple[str, ...]:
 def _chosen(impl: str, student: PackedAttention, teacher: PackedAttention | StoredMaps) -> str:
     """The implementation to take; for "auto" the best that can take these tensors where they are."""
     validation.check_choice("impl", impl, ("auto", "triton", "cpp", "torch", "reference"))
-    if impl not in ("auto", *IMPLEMENTATIONS):
+    if impl == "auto":
+        for name in PREFERENCE.get(student.q.device.type, ("torch",)):
+            if name in IMPLEMENTATIONS and _obstacle(name, student, teacher) is None:
+                return name
+            if name == "cpp" and name not in IMPLEMENTATIONS and not torch.compiler.is_compiling():
+                _warn_that_cpp_is_missing()
+    if impl not in IMPLEMENTATIONS:
         names = ", ".join(map(repr, available_implementations()))
         raise ValueError(f"impl: {impl!r} is not available here; available are {names} and 'auto'")
-    if impl == "triton" or (impl == "auto" and student.q.device.type == "cuda" and "triton" in IMPLEMENTATIONS):
-        teacher_q = None if isinstance(teacher, StoredMaps) else teacher.q
-        obstacle = IMPLEMENTATIONS["triton"].obstacle(student.q, teacher_q)
-        if obstacle is None:
-            return "triton"
-        if impl == "triton":
-            raise ValueError(f"impl: 'triton' cannot run here: {obstacle}")
-    return "torch" if impl == "auto" else impl
+    obstacle = _obstacle(impl, student, teacher)
+    if obstacle is not None:
+        raise ValueError(f"impl: {impl!r} cannot run here: {obstacle}")
+    return impl
+
+
+def _obstacle(impl: str, student: PackedAttention, teacher: PackedAttention | StoredMaps) -> str | None:
+    """Why an implementation cannot take these tensors; None where it can. One without limits has no ``obstacle``."""
+    find = getattr(IMPLEMENTATIONS[impl], "obstacle", None)
+    return None if find is None else find(student.q, None if isinstance(teacher, StoredMaps) else teacher.q)
+
+
+@functools.cache
+def _warn_that_cpp_is_missing() -> None:
+    """Once a process."""
+    warnings.warn(
+        "idrm_kernels: the CPU kernel was not built, impl='torch' takes its place and is slower. With g++ installed, "
+        "build it: IDRM_KERNELS_BUILD=force pip install --no-build-isolation -e .",
+        stacklevel=4,
+    )
 
 
 def _arguments(

@@ -24,6 +24,12 @@ if importlib.util.find_spec("triton") is not None:
     from idrm_kernels.impl import triton
 
     IMPLEMENTATIONS["triton"] = triton
+try:
+    from idrm_kernels.impl import cpp
+except ImportError:  # not built here, or for another torch
+    pass
+else:
+    IMPLEMENTATIONS["cpp"] = cpp
 
 
 class Ops(NamedTuple):

@@ -1,0 +1,89 @@
+// Queries and keys as the products read them: aligned, padded with zeros, columns of a panel side by side.
+#pragma once
+
+#include "arithmetic.h"
+
+namespace idrm {
+namespace IDRM_CAPABILITY {
+
+template <class A>
+constexpr int64_t units_of(int64_t depth) {
+  return (depth + A::depth_of_unit - 1) / A::depth_of_unit;
+}
+
+template <class A>
+struct Packing {
+  using T = typename A::T;
+  using Unit = typename A::Unit;
+
+  // The unit at step `step` of one token's head, zero beyond its head_dim.
+  static IDRM_INLINE Unit unit_of_row(const Side& side, const void* data, int64_t offset, int64_t step) {
+    if constexpr (A::depth_of_unit == 1) {
+      return number<T>(data, side.element, offset + step);
+    } else {
+      const uint16_t* row = static_cast<const uint16_t*>(data) + offset;
+      const uint32_t low = row[2 * step];
+      return 2 * step + 1 < side.head_dim ? low | static_cast<uint32_t>(row[2 * step + 1]) << 16 : low;
+    }
+  }
+
+  // Keys of one kv head for the scores: panels of kPanel columns, each (units of head_dim, columns of the panel).
+  static void transposed_keys(const Side& side, const Columns& tokens, int64_t segments, int64_t kv_head, Unit* out) {
+    const int64_t depth = units_of<A>(side.head_dim);
+    __builtin_memset(out, 0, tokens.width * depth * sizeof(Unit));
+    for (int64_t y = 0; y < segments; ++y)
+      for (int64_t j = 0; j < tokens.count[y]; ++j) {
+        const int64_t column = tokens.column[y] + j, panel = column / kPanel * kPanel;
+        const int64_t width = tokens.width - panel < kPanel ? tokens.width - panel : kPanel;
+        Unit* p = out + panel * depth + (column - panel);
+        const int64_t offset = ((tokens.first[y] + j) * side.num_kv_heads + kv_head) * side.head_dim;
+        for (int64_t step = 0; step < depth; ++step) p[step * width] = unit_of_row(side, side.k, offset, step);
+      }
+  }
+
+  // Keys of one kv head for dq: (units of columns, padded head_dim).
+  static void natural_keys(const Side& side, const Columns& tokens, int64_t segments, int64_t kv_head, Unit* out) {
+    const int64_t padded = aligned(side.head_dim);
+    __builtin_memset(out, 0, units_of<A>(tokens.width) * padded * sizeof(Unit));
+    for (int64_t y = 0; y < segments; ++y)
+      natural_rows(
+          side, side.k, side.num_kv_heads, kv_head, tokens.first[y], tokens.count[y],
+          out + tokens.column[y] / A::depth_of_unit * padded);
+  }
+
+  // Some tokens' head as (units of tokens, padded head_dim).
+  static void natural_rows(
+      const Side& side, const void* data, int64_t num_heads, int64_t head, int64_t first, int64_t count, Unit* out) {
+    const int64_t padded = aligned(side.head_dim);
+    for (int64_t i = 0; i < count; i += A::depth_of_unit) {
+      const int64_t offset = ((first + i) * num_heads + head) * side.head_dim;
+      Unit* row = out + i / A::depth_of_unit * padded;
+      if constexpr (A::depth_of_unit == 1) {
+        read_row(data, side.element, offset, side.head_dim, padded, row);
+      } else {
+        const uint16_t* even = static_cast<const uint16_t*>(data) + offset;
+        const uint16_t* odd = even + num_heads * side.head_dim;
+        const bool both = i + 1 < count;
+        for (int64_t c = 0; c < side.head_dim; ++c) row[c] = even[c] | (both ? static_cast<uint32_t>(odd[c]) << 16 : 0);
+        for (int64_t c = side.head_dim; c < padded; ++c) row[c] = 0;
+      }
+    }
+  }
+
+  // Some tokens' head for the scores: (tokens, units of head_dim).
+  static void query_rows(const Side& side, int64_t head, int64_t first, int64_t count, Unit* out) {
+    const int64_t depth = units_of<A>(side.head_dim);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t offset = ((first + i) * side.num_heads + head) * side.head_dim;
+      Unit* row = out + i * depth;
+      if constexpr (A::depth_of_unit == 1) {
+        read_row(side.q, side.element, offset, side.head_dim, side.head_dim, row);
+      } else {
+        for (int64_t step = 0; step < depth; ++step) row[step] = unit_of_row(side, side.q, offset, step);
+      }
+    }
+  }
+};
+
+}  // namespace IDRM_CAPABILITY
+}  // namespace idrm

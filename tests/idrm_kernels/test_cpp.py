@@ -1,0 +1,228 @@
+"""The CPU kernel: threads, memory, instruction sets, what it refuses, and life without the binary."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from idrm_kernels import (
+    MapLayout,
+    PackedAttention,
+    attention_map_distance,
+    attention_map_loss,
+    available_implementations,
+)
+from idrm_kernels.testing.cases import Case, make_problem
+from idrm_kernels.testing.memory import peak_bytes
+
+REPOSITORY = Path(__file__).parents[2]
+built = pytest.mark.skipif("cpp" not in available_implementations(), reason="the CPU kernel was not built")
+
+# Together: several strands a block, gradients that wait for a block's loss, units longer than a chunk, shared keys.
+RAGGED = {
+    "strands": Case(lengths=((600, 40), (0, 9), (70, 300)), num_heads=4, num_kv_heads=2, head_dim=16),
+    "joint": Case(lengths=((300, 1, 290),), normalization="joint", metric="kl", merged=True, weighted=True),
+    "groups": Case(
+        lengths=((130, 60), (20, 300)),
+        num_heads=6,
+        num_kv_heads=2,
+        teacher_heads=3,
+        num_head_groups=3,
+        reduction="row",
+        merged=True,
+        bias="both",
+    ),
+    "causal": Case(lengths=((301,), (0,), (64,)), causal=True, reduction="row_sq", dtype=torch.bfloat16, head_dim=40),
+    "stored": Case(lengths=((129, 257),) * 3, teacher="stored", dtype=torch.bfloat16, inter_weight=0.0),
+    "float64": Case(lengths=((129, 300), (3, 1)), dtype=torch.float64),
+}
+
+
+def gradients(case, **options):
+    """The loss, the distances and both gradients of each."""
+    problem, q, k = make_problem(case).leaves()
+    sides = (problem.student, problem.teacher, problem.layout)
+    loss = attention_map_loss(
+        *sides, impl="cpp", row_weights=problem.row_weights, **case.map_options, **case.loss_options, **options
+    ).loss
+    distance = attention_map_distance(*sides, impl="cpp", **case.map_options, **options)
+    outputs = (loss, distance, *torch.autograd.grad(loss, (q, k)), *torch.autograd.grad(distance.sum(), (q, k)))
+    return [output.detach() for output in outputs]
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@built
+@pytest.mark.parametrize("name", RAGGED)
+def test_threads_and_workspace_change_no_bit(name, threads):
+    threads(1)
+    first = gradients(RAGGED[name])
+    for count, workspace_bytes in ((2, 64 << 20), (3, 0), (1, 0)):
+        threads(count)
+        again = gradients(RAGGED[name], workspace_bytes=workspace_bytes)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), (count, workspace_bytes)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalization", ["block", "joint"])
+def test_memory_is_linear_in_tokens(normalization, dtype, threads):
+    """64 MiB and 4 times q, k and their gradients, where the maps of all heads would take 2 GB."""
+    threads(2)
+    lengths, heads, head_dim = (2048, 2048), 32, 16
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(sum(lengths), heads, head_dim, generator=generator).to(dtype) for _ in "qk")
+    student = PackedAttention(q.requires_grad_(), k.requires_grad_())
+    teacher = PackedAttention(q.detach()[:, :2], k.detach()[:, :2])
+    layout = MapLayout.build([0, lengths[0], sum(lengths)])
+
+    def call():
+        attention_map_loss(student, teacher, layout, normalization=normalization, impl="cpp").loss.backward()
+
+    assert peak_bytes(call) <= (64 << 20) + 4 * 2 * (q.nbytes + k.nbytes)
+
+
+@built
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set_keeps_the_error_rule(capability):
+    """In a process of its own, for the choice is made once; a CPU without the set says so."""
+    program = """
+import dataclasses, torch
+from idrm_kernels.impl import cpp
+from idrm_kernels.testing.cases import Case
+from idrm_kernels.testing.comparison import check_errors
+try:
+    print(cpp.capability())
+except RuntimeError as error:
+    assert "this CPU has no" in str(error), error
+    print("none")
+    raise SystemExit
+case = Case(lengths=((127, 64), (1, 193)), head_dim=40, teacher_head_dim=24, bias="both", merged=True)
+for dtype in (torch.float32, torch.bfloat16):
+    for options in ({}, {"normalization": "joint", "metric": "kl", "reduction": "row_sq"}, {"peak": 12.0}):
+        check_errors(dataclasses.replace(case, dtype=dtype, **options), "cpp", torch.device("cpu"))
+"""
+    assert run_python(program, IDRM_KERNELS_CPU_CAPABILITY=capability).stdout.split()[-1] in (capability, "none")
+
+
+@built
+def test_an_unknown_instruction_set_is_refused():
+    program = "from idrm_kernels.impl import cpp; cpp.capability()"
+    result = run_python(program, check=False, IDRM_KERNELS_CPU_CAPABILITY="mmx")
+    assert result.returncode
+    assert "IDRM_KERNELS_CPU_CAPABILITY: expected portable, avx2, avx512 or avx512_bf16, got mmx" in result.stderr
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_auto_takes_it_on_a_cpu(dtype):
+    problem = make_problem(Case(dtype=dtype))
+    sides = (problem.student, problem.teacher, problem.layout)
+    assert torch.equal(attention_map_distance(*sides), attention_map_distance(*sides, impl="cpp"))
+
+
+@built
+def test_another_device_is_refused():
+    problem = make_problem(Case())
+    layout = problem.layout.to("meta")
+    student, teacher = (
+        dataclasses.replace(side, q=side.q.to("meta"), k=side.k.to("meta"))
+        for side in (problem.student, problem.teacher)
+    )
+    with pytest.raises(ValueError, match="impl: 'cpp' cannot run here: expected tensors on the CPU, got them on meta"):
+        attention_map_loss(student, teacher, layout, impl="cpp")
+
+
+def test_without_the_binary_auto_falls_back_and_says_so_once():
+    program = """
+import sys, warnings
+sys.modules["idrm_kernels._C"] = None
+import torch
+from idrm_kernels import attention_map_loss, available_implementations
+from idrm_kernels.testing.cases import Case, make_problem
+assert "cpp" not in available_implementations()
+problem = make_problem(Case())
+sides = (problem.student, problem.teacher, problem.layout)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    losses = [attention_map_loss(*sides).loss for _ in range(2)]
+    expected = attention_map_loss(*sides, impl="torch").loss
+assert all(torch.equal(loss, expected) for loss in losses)
+(warning,) = caught
+assert warning.filename == "<string>", warning.filename
+print(warning.message)
+try:
+    attention_map_loss(*sides, impl="cpp")
+except ValueError as error:
+    print(error)
+"""
+    warning, error = run_python(program).stdout.splitlines()
+    assert "IDRM_KERNELS_BUILD=force pip install --no-build-isolation -e ." in warning
+    assert error.startswith("impl: 'cpp' is not available here; available are 'reference', 'torch'")
+
+
+def build(tmp_path, **environment):
+    """Runs setup.py's build of the extension into an empty folder."""
+    arguments = ["build_ext", "--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result, list(tmp_path.rglob("*.so"))
+
+
+NO_COMPILER = {"CC": "/nonexistent/c++", "CXX": "/nonexistent/c++"}
+
+
+def test_a_failing_compiler_is_one_line_in_auto(tmp_path):
+    result, binaries = build(tmp_path, IDRM_KERNELS_BUILD="auto", **NO_COMPILER)
+    assert result.returncode == 0, result.stderr
+    assert not binaries
+    assert result.stderr.count("idrm_kernels._C is left out, impl='torch' takes its place: ") == 1
+
+
+def test_a_failing_compiler_is_an_error_in_force(tmp_path):
+    result, binaries = build(tmp_path, IDRM_KERNELS_BUILD="force", **NO_COMPILER)
+    assert result.returncode
+    assert not binaries
+    assert "IDRM_KERNELS_BUILD=force: idrm_kernels._C could not be built: " in result.stderr
+
+
+def test_skip_builds_nothing(tmp_path):
+    result, binaries = build(tmp_path, IDRM_KERNELS_BUILD="skip")
+    assert result.returncode == 0, result.stderr
+    assert not binaries
+
+
+def test_an_unknown_switch_is_refused(tmp_path):
+    result, _ = build(tmp_path, IDRM_KERNELS_BUILD="maybe")
+    assert result.returncode
+    assert "IDRM_KERNELS_BUILD: expected auto, force or skip, got 'maybe'" in result.stderr
+
+
+def run_python(program, check=True, **environment):
+    """A program in a process of its own, from the repository's root."""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result
