@@ -9,8 +9,8 @@ No tile crosses a segment, so that what a tile contains follows from its example
   *slot* is the row of a run that a unit's tokens are summed in: one a unit, or one a piece of a long unit;
 * unit tiles: UNIT_TILE consecutive units.
 
-A plan is one int64 vector: a header with the sections' bounds, then the sections. Addresses count elements of one head
-group in a workspace that would hold the whole batch; a kernel subtracts where its slab begins.
+A plan is one int64 vector: a header with the first and last bounds of every section, then the sections. Addresses count
+elements of one head group in a workspace that would hold the whole batch; a kernel subtracts where its slab begins.
 """
 
 from __future__ import annotations
@@ -114,8 +114,13 @@ def make_plan(segments: int, cu_units: Tensor, unit_offsets: Tensor, teacher_uni
     sections = [table, examples, *(side.tiles(size) for side in sides for size in TILE_SIZES)]
     sections += [side.runs for side in sides] + [side.unit_of_token for side in sides] + [side.slots for side in sides]
     sections.append(_tiles(first_unit, last_unit, UNIT_TILE))
-    starts = itertools.accumulate((section.numel() for section in sections), initial=len(sections) + 1)
-    return torch.cat([torch.tensor(list(starts)), *(section.flatten() for section in sections)])
+    # Sections begin at even places, 16 bytes apart: kernels are compiled again for a pointer that is less aligned.
+    header = 2 * len(sections)
+    padded = [torch.nn.functional.pad(section.flatten(), (0, section.numel() % 2)) for section in sections]
+    starts = list(itertools.accumulate((section.numel() for section in padded), initial=header))
+    stops = [start + section.numel() for start, section in zip(starts, sections, strict=False)]
+    bounds = torch.tensor([starts[: len(sections)], stops]).T.flatten()
+    return torch.cat([bounds, *padded])
 
 
 class Side:

@@ -8,11 +8,13 @@ from idrm_kernels.impl.problem import LossOptions, MapProblem
 from idrm_kernels.testing.cases import Case, make_problem
 from idrm_kernels.testing.comparison import check_errors, implementation_outputs
 from idrm_kernels.testing.memory import peak_bytes
+from idrm_kernels.tiles import Section
 
 tl = pytest.importorskip("triton.language")
 from idrm_kernels.impl.triton import configurations, launch  # noqa: E402
 from idrm_kernels.impl.triton.batch import Batch  # noqa: E402
 from idrm_kernels.impl.triton.configurations import Configuration  # noqa: E402
+from idrm_kernels.impl.triton.plan import Plan  # noqa: E402
 from idrm_kernels.impl.triton.sweep import loss_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
@@ -87,6 +89,53 @@ def test_offsets_are_of_64_bits_where_storage_asks_for_it():
     }.items():
         own = type("Own", (Problem,), {name: torch.empty(shape, device="meta")})
         assert launch.index_type(own, 0) == tl.int64, name
+
+
+@pytest.mark.parametrize(("workspace_bytes", "expected"), [(64 << 20, tl.int32), (128 << 20, tl.int64)])
+def test_slabs_of_distances_are_counted_for_offsets(workspace_bytes, expected):
+    """Held as partial sums, 16 elements take one byte: more of them than the workspace has bytes."""
+    q = torch.empty(16, 1, 16, dtype=torch.bfloat16)
+    sides = PackedAttention(q, q), PackedAttention(q, q)
+    flat = api._flat(*sides, MapLayout.build([0, 8, 16]), "l2", "block", 1, workspace_bytes)
+    batch = Batch(MapProblem(*flat), arch="sm_90", run=lambda kernel, grid, **arguments: None)
+    assert batch.index == expected
+
+
+def test_sections_of_a_plan_are_aligned():
+    layout = MapLayout.build(
+        [0, 3, 3, 70], segments=3, unit_of_token=[i // 2 for i in range(2)] + [1] + [2 + i // 3 for i in range(67)]
+    )
+    plan = Plan.of(
+        MapProblem(
+            *api._flat(
+                *(PackedAttention(torch.empty(70, 1, 8), torch.empty(70, 1, 8)),) * 2, layout, "l2", "block", 1, 0
+            )
+        )
+    )
+    assert all(bounds.start % 2 == 0 for bounds in plan.bounds)
+    assert len(plan.values(Section.UNITS)) == 70
+    assert len(plan.slots[0]) == layout.total_units + 1
+
+
+@pytest.mark.parametrize("kernel", ["logsumexp", "difference", "head_mean", "query_gradient", "key_gradient"])
+def test_every_candidate_of_a_search_can_be_launched(kernel, monkeypatch):
+    """The plan has the tiles of each, in ragged segments."""
+    q = torch.empty(130, 2, 64, dtype=torch.bfloat16)
+    layout = MapLayout.build(
+        [0, 100, 130], unit_of_token=[i // 2 for i in range(130)] if kernel == "head_mean" else None
+    )
+    flat = api._flat(PackedAttention(q, q), PackedAttention(q, q), layout, "l2", "block", 1, 64 << 20)
+    pinned = configurations.pinned
+    launched = []
+    for own in configurations.candidates(kernel, 64, "bf16", "sm_90"):
+        monkeypatch.setattr(
+            configurations, "pinned", lambda name, *key, own=own: own if name == kernel else pinned(name, *key)
+        )
+        batch = Batch(
+            MapProblem(*flat), arch="sm_90", run=lambda function, grid, **arguments: launched.append(function)
+        )
+        loss_of(batch, LossOptions(None, "frobenius", 1.0, 1.0, True))
+    assert launched
 
 
 @pytest.mark.parametrize(

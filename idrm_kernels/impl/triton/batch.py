@@ -58,8 +58,10 @@ class Batch:
         half = problem.q.dtype != torch.float32 and problem.metric == "l2"
         self.difference_dtype = torch.float16 if half else torch.float32
         self.difference_scale = DIFFERENCE_SCALE if half else 1.0
-        # A slab's elements take two bytes at least; where it begins inside a segment, offsets count from its first row.
-        self.index = launch.index_type(problem, max(problem.workspace_bytes // 2, self.plan.largest_segment))
+        # Where only distances are made, an element takes but its share of a partial sum; and where a slab begins inside
+        # a segment, offsets count from the segment's first row.
+        elements = problem.workspace_bytes * min(TILE_SIZES) // 4
+        self.index = launch.index_type(problem, max(elements, self.plan.largest_segment))
         self.is_joint = problem.normalization == "joint"
         self.block_examples = triton.next_power_of_2(max(2, problem.num_examples))
         self.segment_table = self.section(Section.SEGMENTS)

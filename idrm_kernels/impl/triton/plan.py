@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -71,7 +70,7 @@ class Plan:
     def __init__(self, host: Tensor, segments_per_example: int, num_examples: int):
         # Another tensor of the same storage, so that what remembers plans by their tensors keeps none alive.
         self._host = host.detach()
-        self.bounds = [slice(*bound) for bound in itertools.pairwise(self._host[: len(Section) + 1].tolist())]
+        self.bounds = [slice(*bound) for bound in self._host[: 2 * len(Section)].view(-1, 2).tolist()]
         self.segments_per_example = segments_per_example
         self.num_examples = num_examples
         self.segments = self.rows(Section.SEGMENTS, len(SegmentField))
