@@ -111,19 +111,19 @@ def recorded_launches(arch: str, dtype: str, head_dim: int, variant: str) -> dic
         launches.setdefault(name, (kernel, arguments))
 
     problem = MapProblem(*_flat(student, teacher, layout, metric, normalization, 1, workspace_bytes))
-    with _matmul_precision("high" if dtype == "tf32" else "highest"):
+    with _matmul_precision("tf32" if dtype == "tf32" else "ieee"):
         loss_of(Batch(problem, arch=arch, run=record), LossOptions(None, "frobenius", 1.0, 1.0, True))
     return launches
 
 
 @contextlib.contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def compiled(kernel, arguments: dict, target: GPUTarget) -> triton.compiler.CompiledKernel:

@@ -1,5 +1,7 @@
 """What only the Triton kernels have: tile shapes, tf32, 64-bit offsets, slabs, the search; when they are chosen."""
 
+import functools
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from idrm_kernels.testing.memory import peak_bytes
 from idrm_kernels.tiles import Section
 
 tl = pytest.importorskip("triton.language")
-from idrm_kernels.impl.triton import configurations, launch  # noqa: E402
+from idrm_kernels.impl.triton import configurations, launch, sweep  # noqa: E402
 from idrm_kernels.impl.triton.batch import Batch  # noqa: E402
 from idrm_kernels.impl.triton.configurations import Configuration  # noqa: E402
 from idrm_kernels.impl.triton.plan import Plan  # noqa: E402
@@ -52,7 +54,7 @@ def test_every_tile_shape(tiles, merged, device, monkeypatch):
 @pytest.mark.parametrize("peak", [1.0, 12.0])
 def test_float32_in_tf32(peak, device, monkeypatch):
     """Where the user allows float32 products on ten bits, errors may be of that size."""
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(launch.Side, "precision", "tf32")
     case = Case(lengths=((70, 30),), head_dim=32, num_head_groups=2, peak=peak)
     check_errors(case, "triton", device, eps=2.0**-10)
 
@@ -91,14 +93,56 @@ def test_offsets_are_of_64_bits_where_storage_asks_for_it():
         assert launch.index_type(own, 0) == tl.int64, name
 
 
-@pytest.mark.parametrize(("workspace_bytes", "expected"), [(64 << 20, tl.int32), (128 << 20, tl.int64)])
-def test_slabs_of_distances_are_counted_for_offsets(workspace_bytes, expected):
+@pytest.mark.parametrize(
+    ("tokens", "workspace_bytes", "expected"),
+    [(30000, 64 << 20, tl.int32), (30000, 128 << 20, tl.int64), (8, 4 << 30, tl.int32)],
+)
+def test_slabs_of_distances_are_counted_for_offsets(tokens, workspace_bytes, expected):
     """Held as partial sums, 16 elements take one byte: more of them than the workspace has bytes."""
-    q = torch.empty(16, 1, 16, dtype=torch.bfloat16)
+    q = torch.empty(2 * tokens, 1, 16, dtype=torch.bfloat16)
     sides = PackedAttention(q, q), PackedAttention(q, q)
-    flat = api._flat(*sides, MapLayout.build([0, 8, 16]), "l2", "block", 1, workspace_bytes)
+    flat = api._flat(*sides, MapLayout.build([0, tokens, 2 * tokens]), "l2", "block", 1, workspace_bytes)
     batch = Batch(MapProblem(*flat), arch="sm_90", run=lambda kernel, grid, **arguments: None)
     assert batch.index == expected
+
+
+@pytest.mark.parametrize("workspace_bytes", [0, 16 << 20])
+@pytest.mark.parametrize("merged", [False, True])
+def test_memory_of_distances_is_as_documented(merged, workspace_bytes, monkeypatch):
+    """Forward and backward of row distances, a head a group: beyond what is linear, the workspace or its least."""
+    tokens, heads, head_dim = 4096, 32, 16
+    q = torch.empty(tokens, heads, head_dim, dtype=torch.bfloat16)
+    units = [token - token // 9 for token in range(tokens)] if merged else None
+    layout = MapLayout.build([0, tokens // 2, tokens], unit_of_token=units)
+    sides = PackedAttention(q, q), PackedAttention(q, q)
+    problem = MapProblem(*api._flat(*sides, layout, "l2", "block", heads, workspace_bytes))
+    batch = functools.partial(Batch, arch="sm_90", run=lambda kernel, grid, **arguments: None)
+    monkeypatch.setattr(sweep, "Batch", batch)
+    distances = heads * layout.total_units * 2 * 4
+    coefficients = torch.empty(heads, layout.total_units, 2)
+    denominators = 4 * 2 * tokens * heads
+    smallest = 64 * tokens * 3 + (2 * 4 * 16 * tokens if merged else 0)
+    workspace = max(workspace_bytes, smallest) + (1 << 20)
+    assert peak_bytes(lambda: sweep.distance(problem)) <= 2 * denominators + distances + workspace
+    linear = 3 * denominators + 2 * q.nbytes + 2 * q.nbytes + (3 * heads * tokens * 2 * 4 if merged else 0)
+    assert peak_bytes(lambda: sweep.distance_backward(coefficients, problem)) <= linear + workspace
+
+
+@pytest.mark.parametrize("new_interface", [False, True])
+def test_both_of_torchs_interfaces_choose_tf32(new_interface):
+    q = torch.zeros(2, 1, 8)
+    flat = api._flat(PackedAttention(q, q), PackedAttention(q, q), MapLayout.build([0, 1, 2]), "l2", "block", 1, 0)
+    side = launch.Side.student(MapProblem(*flat))
+    assert side.precision == "ieee"
+    try:
+        if new_interface:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert side.precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_sections_of_a_plan_are_aligned():

@@ -26,7 +26,7 @@ from idrm_kernels.impl.triton.launch import Side
 from idrm_kernels.impl.triton.logsumexp import logsumexp_fwd_kernel
 from idrm_kernels.impl.triton.plan import Plan, Slab, Staging
 from idrm_kernels.impl.triton.query_gradient import query_gradient_bwd_kernel
-from idrm_kernels.tiles import RUN_TOKENS, TILE_SIZES, ExampleField, Section
+from idrm_kernels.tiles import RUN_TOKENS, TILE_SIZES, UNIT_TILE, ExampleField, Section, SegmentField
 
 # Differences of probabilities wait in float16 times this, to stay clear of its smallest normal number.
 DIFFERENCE_SCALE = 2.0**14
@@ -61,6 +61,7 @@ class Batch:
         # Where only distances are made, an element takes but its share of a partial sum; and where a slab begins inside
         # a segment, offsets count from the segment's first row.
         elements = problem.workspace_bytes * min(TILE_SIZES) // 4
+        elements = min(elements, self.plan.total_elements * problem.num_head_groups)
         self.index = launch.index_type(problem, max(elements, self.plan.largest_segment))
         self.is_joint = problem.normalization == "joint"
         self.block_examples = triton.next_power_of_2(max(2, problem.num_examples))
@@ -136,10 +137,18 @@ class Batch:
             self.compare_tokens(slab, difference, distances)
         else:
             workspace_bytes = self.problem.workspace_bytes
+            groups_at_once = len(slab.groups)
             if needs_difference:
                 workspace_bytes -= workspace_bytes // 2
-            for staging in self.plan.stagings(slab, workspace_bytes):
-                self.compare_units(slab, staging, difference, distances)
+            else:
+                # Nothing else has cut the groups: as many as a tile of units has room for.
+                widths = (SegmentField.WIDTH, SegmentField.TEACHER_WIDTH)
+                widest = max(sum(segment[width] for width in widths) for segment in self.plan.segments)
+                groups_at_once = max(1, min(groups_at_once, workspace_bytes // (4 * UNIT_TILE * widest)))
+            for first in range(slab.groups.start, slab.groups.stop, groups_at_once):
+                part = slab._replace(groups=range(first, min(first + groups_at_once, slab.groups.stop)))
+                for staging in self.plan.stagings(part, workspace_bytes):
+                    self.compare_units(part, staging, difference, distances)
         return difference
 
     def place(self, slab: Slab) -> dict:

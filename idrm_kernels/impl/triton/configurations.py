@@ -1,8 +1,8 @@
 """The tile shapes, warps and stages of every kernel: pinned per head_dim, dtype and architecture; searched on request.
 
-Pinned for registers: up to a head_dim of 128, none of these spills in bf16, fp16 or tf32 on sm_80 and sm_90
-(tests/idrm_kernels/test_compile_report.py). A search changes bits from one machine to the next and is off unless
-IDRM_KERNELS_SEARCH=1.
+Pinned for registers: at a head_dim of 64 and of 128, with 32-bit offsets, none of these spills in bf16, fp16 or tf32 on
+sm_80 and sm_90 (tests/idrm_kernels/test_compile_report.py); other head sizes and 64-bit offsets may, a little. A search
+changes bits from one machine to the next and is off unless IDRM_KERNELS_SEARCH=1.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ _BLACKWELL = {
     },
     "ieee": _HOPPER["ieee"],
 }
-# Every architecture without tables of its own takes these, which keep to the 99 KB of shared memory of sm_86 and sm_89.
+# Every architecture without tables of its own takes these, which keep to the 99 KB of shared memory of sm_86 and sm_89
+# (but for full float32 at a head_dim of 256).
 _AMPERE_BF16 = {
     "logsumexp": _by_head_dim((128, 64, 8, 2)),
     "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),

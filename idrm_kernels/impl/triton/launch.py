@@ -74,7 +74,8 @@ class Side:
     @property
     def precision(self) -> str:
         """Of matrix products of float32 tensors; others have but one."""
-        is_tf32 = self.q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        # What both of torch's interfaces set; the getter of the older one raises once the newer was used.
+        is_tf32 = self.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return "tf32" if is_tf32 and torch.version.hip is None else "ieee"
 
     @property

@@ -93,6 +93,13 @@ class Plan:
         )
         return max((own[last] - own[first]) * own[width] for own in self.segments for first, last, width in fields)
 
+    @property
+    def total_elements(self) -> int:
+        """The elements of a workspace for the whole batch and one head group."""
+        fields = self.segments[-1]
+        units = fields[SegmentField.LAST_UNIT] - fields[SegmentField.FIRST_UNIT]
+        return fields[SegmentField.ORIGIN] + units * fields[SegmentField.WIDTH]
+
     def values(self, section: Section) -> list[int]:
         """A section's values on the host."""
         return self._host[self.bounds[section]].tolist()

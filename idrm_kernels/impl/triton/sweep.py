@@ -41,6 +41,8 @@ def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor
         for slab in batch.slabs(needs_difference=True, needs_distances=False):
             difference = batch.compare(slab, needs_difference=True, distances=None)
             batch.gradients(slab, difference, coefficients, gradients)
+            # Before the next slab's are made: one slab's differences at a time.
+            del difference
     return gradients.dq, gradients.dk
 
 
