@@ -151,6 +151,8 @@ class RewardTrainer(Trainer):
         """Beside the random states, each rank keeps its sums since the last record: a resumed run logs the same."""
         super()._save_rng_state(output_dir)
         self._sums_file(output_dir).write_text(json.dumps(self._sums.tolist()))
+        # Next, the first rank writes the trainer state, which tells that a checkpoint is complete: of all ranks.
+        self.accelerator.wait_for_everyone()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

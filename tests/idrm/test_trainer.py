@@ -329,3 +329,20 @@ def test_every_kernel_trains_alike(make_trainer, teacher_layers):
     for impl in ("auto", *available_implementations()):
         records = training_records(make_trainer(interaction={"kernel_impl": impl}, **options))
         same(records, expected, names, rel=1e-4)
+
+
+def test_a_checkpoint_is_complete_once_its_trainer_state_is_there(make_trainer, tmp_path, monkeypatch):
+    """Ranks wait for one another between their own files, written by then, and the trainer state."""
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    seen = []
+    wait_for_everyone = trainer.accelerator.wait_for_everyone
+
+    def waiting():
+        seen.append({path.name for path in tmp_path.glob("out/checkpoint-1/*")})
+        wait_for_everyone()
+
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", waiting)
+    trainer.train()
+    ranks_files = {"rng_state.pth", "metric_sums_0.json"}
+    assert any(ranks_files <= names and "trainer_state.json" not in names for names in seen)
+    assert "trainer_state.json" in {path.name for path in tmp_path.glob("out/checkpoint-1/*")}
