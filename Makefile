@@ -1,5 +1,6 @@
 # Everything runs from a virtual environment beside this file, made on first use and brought up to date when its inputs
-# change:    make train | test | lint | install    [ARGS="flags of the command"]    [PYTHON=python3.12]    [VENV=.venv]
+# change:    make train | test | benchmark | lint | install
+#            [ARGS="flags of the command"]    [PYTHON=python3.12]    [VENV=.venv]
 
 VENV ?= .venv
 ARGS ?=
@@ -18,7 +19,7 @@ python := $(VENV)/bin/python
 pip_install = $(python) -m pip install --quiet --constraint constraints.txt
 inputs := pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 
-.PHONY: train test lint install
+.PHONY: train test benchmark lint install
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train-installed
@@ -27,6 +28,9 @@ train: $(VENV)/.train-installed
 # Two processes of one thread each: torch's threads, which spin while they wait, would take the second one's core.
 test: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 $(ARGS)
+
+benchmark: $(VENV)/.test-installed
+	$(python) -m pytest benchmarks $(ARGS)
 
 lint: $(VENV)/.lint-installed
 	$(python) -m ruff check $(ARGS) .

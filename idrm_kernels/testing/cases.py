@@ -22,7 +22,7 @@ class Case:
         lengths: units of every segment of every example.
         peak: factor on q; large values make peaked maps (attention sinks).
         merged: whether units hold several tokens, different numbers on both sides.
-        bias: "none", "both", "c2p" or "p2c".
+        bias: "none", "both", "c2p" or "p2c", by tables of bias_slots slots.
     """
 
     lengths: tuple[tuple[int, ...], ...] = ((7, 5), (1, 9))
@@ -35,6 +35,7 @@ class Case:
     merged: bool = False
     teacher: str = "packed"
     bias: str = "none"
+    bias_slots: int = 5
     causal: bool = False
     metric: str = "l2"
     normalization: str = "block"
@@ -127,9 +128,9 @@ def make_problem(case: Case, device: torch.device | str = "cpu") -> Problem:
         teacher_k = normal(layout.teacher_total_tokens, case.teacher_heads, case.teacher_head_dim)
         bias = None
         if case.bias != "none":
-            slots, max_delta = 5, 3
-            tables = [normal(layout.teacher_total_tokens, case.teacher_heads, slots) for _ in range(2)]
-            slot_of_delta = torch.randint(slots, (2 * max_delta + 1,), generator=generator, dtype=torch.int32)
+            max_delta = case.bias_slots // 2 + 1
+            tables = [normal(layout.teacher_total_tokens, case.teacher_heads, case.bias_slots) for _ in range(2)]
+            slot_of_delta = torch.randint(case.bias_slots, (2 * max_delta + 1,), generator=generator, dtype=torch.int32)
             bias = DisentangledBias(
                 positions=teacher_positions.to(device=device, dtype=torch.int32),
                 slot_of_delta=slot_of_delta.to(device),

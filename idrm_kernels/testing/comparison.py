@@ -62,9 +62,38 @@ def naive_outputs(problem: Problem, case: Case) -> dict[str, Tensor]:
         return naive_distance(problem.student, problem.teacher, problem.layout, **case.map_options)
 
     def loss(problem: Problem) -> Tensor:
-        return oracle_loss(distance(problem), problem.layout, row_weights=problem.row_weights, **case.loss_options)
+        return naive_loss(
+            problem.student,
+            problem.teacher,
+            problem.layout,
+            row_weights=problem.row_weights,
+            **case.map_options,
+            **case.loss_options,
+        )
 
     return outputs(problem, distance, loss)
+
+
+def naive_loss(
+    student: PackedAttention,
+    teacher: PackedAttention | StoredMaps,
+    layout: MapLayout,
+    *,
+    reduction: str = "frobenius",
+    intra_weight: float = 1.0,
+    inter_weight: float = 1.0,
+    row_weights: Tensor | None = None,
+    **map_options,
+) -> Tensor:
+    """The loss that ``attention_map_loss`` returns, with every map of an example in memory."""
+    return oracle_loss(
+        naive_distance(student, teacher, layout, **map_options),
+        layout,
+        reduction=reduction,
+        intra_weight=intra_weight,
+        inter_weight=inter_weight,
+        row_weights=row_weights,
+    )
 
 
 def naive_distance(
@@ -105,10 +134,7 @@ def naive_map(
     num_head_groups: int,
 ) -> Tensor:
     """One side's merged and averaged map of an example (num_head_groups, units, units) float32."""
-    offsets = layout.teacher_unit_offsets if teacher_side else layout.unit_offsets
-    bounds = layout.cu_units[example * layout.segments : (example + 1) * layout.segments + 1]
-    units = offsets[bounds[0] : bounds[-1] + 1]
-    tokens = slice(int(units[0]), int(units[-1]))
+    tokens, counts, supports = _geometry(layout, example, teacher_side, normalization)
     q = attention.q[tokens].transpose(0, 1)
     k = attention.k[tokens].transpose(0, 1).repeat_interleave(len(q) // attention.k.shape[1], dim=0)
     scores = (attention.scale * (q @ k.transpose(1, 2))).float()
@@ -124,13 +150,29 @@ def naive_map(
             scores = scores + p2c.gather(2, slots.transpose(1, 2)).transpose(1, 2)
     if attention.causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-    starts = (offsets[bounds] - tokens.start).tolist()
-    supports = list(itertools.pairwise(starts)) if normalization == "block" else [(0, starts[-1])]
     p = torch.cat([scores[..., a:b].softmax(-1) for a, b in supports], dim=-1)
     p = p.unflatten(0, (num_head_groups, -1)).mean(1)
-    counts = units.diff().to(p.device)
-    member = torch.eye(len(counts), device=p.device).repeat_interleave(counts, dim=0)
-    return (member / counts).T @ p @ member
+    if len(counts) == len(q[0]):
+        return p
+    counts = counts.to(p.device)
+    unit = torch.repeat_interleave(counts, output_size=p.shape[-1])
+    columns = p.new_zeros(*p.shape[:2], len(counts)).index_add(2, unit, p)
+    rows = p.new_zeros(len(p), len(counts), len(counts)).index_add(1, unit, columns)
+    return rows / counts[:, None]
+
+
+@torch.compiler.disable
+def _geometry(
+    layout: MapLayout, example: int, teacher_side: bool, normalization: str
+) -> tuple[slice, Tensor, list[tuple[int, int]]]:
+    """An example's tokens, its units' token counts, and the key ranges, from its first token, of the softmax."""
+    offsets = layout.teacher_unit_offsets if teacher_side else layout.unit_offsets
+    bounds = layout.cu_units[example * layout.segments : (example + 1) * layout.segments + 1]
+    units = offsets[bounds[0] : bounds[-1] + 1]
+    tokens = slice(int(units[0]), int(units[-1]))
+    starts = (offsets[bounds] - tokens.start).tolist()
+    supports = list(itertools.pairwise(starts)) if normalization == "block" else [(0, starts[-1])]
+    return tokens, units.diff(), supports
 
 
 def check_errors(case: Case, impl: str, device: torch.device, eps: float | None = None) -> None:

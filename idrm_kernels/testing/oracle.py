@@ -115,7 +115,9 @@ def oracle_loss(
         for x in range(layout.segments):
             for y in range(layout.segments):
                 rows = slice(bounds[x], bounds[x + 1])
-                if bounds[x] == bounds[x + 1] or bounds[y] == bounds[y + 1] or weights[rows].sum() == 0:
+                if bounds[x] == bounds[x + 1] or bounds[y] == bounds[y + 1]:
+                    continue
+                if row_weights is not None and weights[rows].sum() == 0:
                     continue
                 for group in distances:
                     d, w = group[rows, y], weights[rows]

@@ -1,0 +1,47 @@
+"""What is measured: a workload, and the variants of doing it that compete side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+
+class Contest(Protocol):
+    """A workload with its variants; hashable, so that one run measures it once. Its fields say what it is.
+
+    Attributes:
+        device: "cpu" or "cuda".
+    """
+
+    device: str
+
+    @property
+    def suite(self) -> str:
+        """The table that it belongs to."""
+
+    @property
+    def name(self) -> str:
+        """One word without spaces, for test ids."""
+
+    def variants(self, names: tuple[str, ...]) -> Mapping[str, Callable[[], object]]:
+        """A call that does the whole workload once, for each of these variants, on the same random inputs."""
+
+    def check(self, variant: str) -> str | None:
+        """What is wrong with a variant's results; None where nothing is."""
+
+    def needed_bytes(self, variant: str) -> int | None:
+        """Peak memory that a variant is expected to need, where it could be more than there is; else None."""
+
+    def roof_seconds(self, variant: str) -> float | None:
+        """What the machine could do this variant's arithmetic in; None where it is not known."""
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def workload_fields(contest: Contest) -> dict[str, object]:
+    """The contest's fields, for its rows."""
+    return dataclasses.asdict(contest)  # type: ignore[call-overload]

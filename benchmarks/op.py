@@ -1,0 +1,195 @@
+"""The fused loss, forward and with its gradients, beside the naive loss and beside attention itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks import roof
+from benchmarks.contest import DTYPES
+from benchmarks.measurement import peak_rise
+from idrm_kernels import (
+    MapLayout,
+    PackedAttention,
+    StoredMaps,
+    attention_map_loss,
+    available_implementations,
+)
+from idrm_kernels.testing.cases import Case, Problem, error_bound, make_problem
+from idrm_kernels.testing.comparison import naive_loss
+from idrm_kernels.testing.memory import peak_bytes
+
+YARDSTICK = "sdpa"
+NAIVE = "naive"
+NAIVE_COMPILED = "naive-compiled"
+FUSED = {"cpu": "cpp", "cuda": "triton"}
+TEACHER_HEADS, TEACHER_HEAD_DIM = 16, 64
+# Lengths at which results are checked and from which the naive loss's memory, quadratic in them, is foretold.
+CHECKED_LENGTH, FORETOLD_FROM = 512, 256
+# Of the largest value: half-precision products with softmax in float32 stay well below.
+WORST_NAIVE_ERROR = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class OpContest:
+    """``attention_map_loss`` of one pair with ``length`` tokens a sequence, frobenius, heads averaged.
+
+    Variants: the naive loss as a user writes it (products in the inputs' dtype, softmax in float32, every map held),
+    the same compiled, the implementations of ``idrm_kernels``, and as a yardstick SDPA over the pair's tokens, forward
+    and backward for the student's heads and forward for the teacher's.
+
+    Attributes:
+        passes: "forward" (no input needs grad) or "forward_backward" (loss, dq and dk).
+        teacher: "packed", "bias" (packed with DeBERTa's position tables) or "stored".
+        units: "tokens", or "merged" (one or two student tokens a unit, one to three of the teacher's).
+    """
+
+    device: str
+    dtype: str
+    num_heads: int
+    head_dim: int
+    length: int
+    passes: str = "forward_backward"
+    num_kv_heads: int | None = None
+    teacher: str = "packed"
+    units: str = "tokens"
+    normalization: str = "block"
+
+    @property
+    def suite(self) -> str:
+        return "op"
+
+    @property
+    def name(self) -> str:
+        parts = [self.device, self.dtype, f"{self.num_heads}x{self.head_dim}", f"2x{self.length}"]
+        defaults = OpContest(self.device, self.dtype, self.num_heads, self.head_dim, self.length)
+        for option in ("passes", "num_kv_heads", "teacher", "units", "normalization"):
+            if getattr(self, option) != getattr(defaults, option):
+                parts.append(f"kv{self.num_kv_heads}" if option == "num_kv_heads" else getattr(self, option))
+        return "-".join(parts)
+
+    def variants(self, names: tuple[str, ...]) -> Mapping[str, Callable[[], object]]:
+        torch._dynamo.reset()
+        problem, q, k = _problem(self).leaves()
+        if self.passes == "forward":
+            q.requires_grad_(False)
+            k.requires_grad_(False)
+        return {name: self._call(name, problem) for name in names}
+
+    def check(self, variant: str) -> str | None:
+        """Loss, dq and dk against float64, up to 2 x 512 tokens, under the tests' error rule."""
+        if variant == YARDSTICK:
+            return None
+        if variant not in (NAIVE, NAIVE_COMPILED) and variant not in available_implementations():
+            return f"{variant} is not available here"
+        checked = dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH), passes="forward_backward")
+        return _failure(checked, variant)
+
+    def needed_bytes(self, variant: str) -> int | None:
+        if variant not in (NAIVE, NAIVE_COMPILED) or self.length <= 4 * FORETOLD_FROM:
+            return None
+        small = dataclasses.replace(self, length=FORETOLD_FROM)
+        return int(_naive_bytes(small) * (self.length / FORETOLD_FROM) ** 2)
+
+    def roof_seconds(self, variant: str) -> float | None:
+        counts = roof.COUNTS.get((variant, self.passes))
+        if counts is None or (self.teacher, self.units, self.normalization) != ("packed", "tokens", "block"):
+            return None
+        entries = (2 * self.length) ** 2
+        sides = ((self.num_heads, self.head_dim), (TEACHER_HEADS, TEACHER_HEAD_DIM))
+        return roof.seconds(self.device, self.dtype, [(entries * heads, d) for heads, d in sides], counts)
+
+    def _call(self, variant: str, problem: Problem) -> Callable[[], tuple[Tensor, ...]]:
+        """A call that returns the loss and, with a backward pass, dq and dk."""
+        inputs = (problem.student, problem.teacher, problem.layout)
+        if variant == YARDSTICK:
+            compute = functools.partial(_attention, *inputs)
+        elif variant == NAIVE:
+            compute = functools.partial(naive_loss, *inputs, normalization=self.normalization)
+        elif variant == NAIVE_COMPILED:
+            compiled = torch.compile(naive_loss, dynamic=False)
+            compute = functools.partial(compiled, *inputs, normalization=self.normalization)
+        else:
+
+            def compute():
+                return attention_map_loss(*inputs, normalization=self.normalization, impl=variant).loss
+
+        def call() -> tuple[Tensor, ...]:
+            result = compute()
+            if self.passes == "forward":
+                return (result,)
+            q, k = problem.student.q, problem.student.k
+            return result.detach(), *torch.autograd.grad(result, (q, k), torch.ones_like(result))
+
+        return call
+
+
+def _attention(student: PackedAttention, teacher: PackedAttention | StoredMaps, layout: MapLayout) -> Tensor:
+    """SDPA over all tokens of the pair, with the keys as values: what attention over them costs a model anyway."""
+
+    def heads(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1)[None]
+
+    if isinstance(teacher, PackedAttention):
+        scaled_dot_product_attention(heads(teacher.q), heads(teacher.k), heads(teacher.k))
+    q, k = heads(student.q), heads(student.k)
+    return scaled_dot_product_attention(q, k, k, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.lru_cache(maxsize=2)
+def _problem(contest: OpContest) -> Problem:
+    case = Case(
+        lengths=((contest.length, contest.length),),
+        num_heads=contest.num_heads,
+        num_kv_heads=contest.num_kv_heads or contest.num_heads,
+        head_dim=contest.head_dim,
+        teacher_heads=TEACHER_HEADS,
+        teacher_head_dim=TEACHER_HEAD_DIM,
+        dtype=DTYPES[contest.dtype],
+        merged=contest.units == "merged",
+        teacher="stored" if contest.teacher == "stored" else "packed",
+        bias="both" if contest.teacher == "bias" else "none",
+        bias_slots=512,
+        normalization=contest.normalization,
+    )
+    return make_problem(case, contest.device)
+
+
+@functools.cache
+def _failure(contest: OpContest, variant: str) -> str | None:
+    """The first of loss, dq and dk whose error against float64 is above its bound."""
+    results = _results(contest, variant)
+    exact = _results(contest, "exact")
+    versions = [_results(contest, name) for name in (NAIVE, "reference")]
+    eps = torch.finfo(DTYPES[contest.dtype]).eps
+    for index, output in enumerate(("loss", "dq", "dk")):
+        error = (results[index] - exact[index]).abs().max().item()
+        if variant == NAIVE:  # bounds the others' errors, and so has one of its own
+            bound = WORST_NAIVE_ERROR * exact[index].abs().max().item()
+        else:
+            bound = max(error_bound(version[index], exact[index], eps).item() for version in versions)
+        if not error <= bound:
+            return f"{output} of {contest.name} is off by {error:.2g}, expected at most {bound:.2g}"
+    return None
+
+
+@functools.cache
+def _results(contest: OpContest, variant: str) -> tuple[Tensor, ...]:
+    """Loss, dq and dk in float64 on the CPU; "exact" computes them in float64."""
+    torch._dynamo.reset()
+    problem = _problem(contest)
+    problem, _, _ = (problem.to(torch.float64) if variant == "exact" else problem).leaves()
+    call = contest._call("torch" if variant == "exact" else variant, problem)
+    return tuple(result.double().cpu() for result in call())
+
+
+@functools.cache
+def _naive_bytes(contest: OpContest) -> int:
+    (call,) = contest.variants((NAIVE,)).values()
+    # By torch's allocator: how much of what is freed a process keeps would be scaled as well.
+    return peak_bytes(call) if contest.device == "cpu" else peak_rise(call, contest.device)

@@ -1,0 +1,58 @@
+"""Suites (a) and (c): the loss alone, over shapes, options and lengths."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.op import FUSED, NAIVE, NAIVE_COMPILED, YARDSTICK, OpContest
+
+SHAPES = ((16, 64), (32, 128))
+LENGTHS = (256, 512, 1024, 2048)
+LONG_LENGTHS = (4096, 8192, 16384)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def contests() -> list[tuple[OpContest, tuple[str, ...], bool]]:
+    """(contest, variants, whether it is left to --full)."""
+    everything = []
+    for device in DEVICES:
+        fused = (NAIVE, "torch", FUSED[device], YARDSTICK)
+        compiled = (*fused, NAIVE_COMPILED)
+        slow = device == "cpu"
+        dtypes = ("float32", "bfloat16") if slow else ("bfloat16", "float32", "float16")
+        for dtype, (heads, head_dim), length in itertools.product(dtypes, SHAPES, LENGTHS):
+            contest = OpContest(device, dtype, heads, head_dim, length)
+            everything.append((contest, fused, False))
+            # Compiling takes half a minute a case.
+            everything.append((contest, (NAIVE_COMPILED,), slow and length != 512))
+            forward = OpContest(device, dtype, heads, head_dim, length, passes="forward")
+            everything.append((forward, compiled, slow))
+        for dtype, length in itertools.product(dtypes[:2], (512, 1024, 2048)):
+            shape = {"num_heads": 16, "head_dim": 64, "length": length}
+            for options in (
+                {"units": "merged"},
+                {"teacher": "bias"},
+                {"teacher": "stored"},
+                {"normalization": "joint"},
+                {"num_kv_heads": 4},
+            ):
+                left_out = slow and (length != 512 or dtype != "float32")
+                everything.append((OpContest(device, dtype, **shape, **options), fused, left_out))
+        for length in LONG_LENGTHS:
+            everything.append((OpContest(device, "bfloat16", 16, 64, length), fused, slow))
+    return everything
+
+
+@pytest.mark.parametrize(
+    ("contest", "variant"),
+    [
+        pytest.param(contest, variant, id=f"{contest.name}-{variant}", marks=[pytest.mark.full] if left_out else [])
+        for contest, variants, left_out in contests()
+        for variant in variants
+    ],
+)
+def test_loss(contest, variant, record):
+    record(contest, variant)

@@ -1,0 +1,232 @@
+"""One reward-model step, forward and backward without the optimizer, up a ladder from Bradley-Terry to Id-RM."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import (
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from benchmarks.contest import DTYPES
+from idrm.arguments import InteractionArguments
+from idrm.capture import QueryKeyCapture, Teacher
+from idrm.collator import PairCollator
+from idrm.interaction import InteractionLoss
+from idrm_kernels.testing.comparison import naive_loss
+
+LADDER = ("bradley-terry", "capture", "teacher", "fused", "naive")
+CHECKED_LENGTH = 128
+STUDENTS = {
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    # Llama-3-8B's shape, from its published configuration.
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+    },
+}
+LAYERS = {"small": 8, "llama-3-8b": 32}
+# The shapes of all-MiniLM-L6 and of deberta-v3-large.
+TEACHERS = ("minilm", "deberta-large")
+# One unit in so many holds two tokens of the student's, another two of the teacher's: as in HH pairs, 95% hold one.
+MERGED_EVERY = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContest:
+    """A training step on one pair of ``length`` tokens a sequence, with random weights.
+
+    Variants, each the one before and something more: "bradley-terry" (alpha 0), "capture" (the last block's queries and
+    keys recorded and packed), "teacher" (its forward pass, queries and keys packed), "fused" (alpha 1 with the kernel
+    that the device has), and instead of it "naive" (alpha 1 with every map held).
+
+    Attributes:
+        layers: decoder blocks of the student; where they are fewer than its shape has, the interaction's share of a
+            whole model's time is smaller by about layers / all, as scaled_layers says.
+    """
+
+    device: str
+    dtype: str
+    student: str
+    teacher: str
+    length: int
+    layers: int
+
+    @property
+    def suite(self) -> str:
+        return "training_step"
+
+    @property
+    def name(self) -> str:
+        return f"{self.device}-{self.dtype}-{self.student}-{self.layers}-layers-{self.teacher}-2x{self.length}"
+
+    def variants(self, names: tuple[str, ...]) -> Mapping[str, Callable[[], object]]:
+        step = _Step(self)
+        return {name: functools.partial(step, name) for name in names}
+
+    def check(self, variant: str) -> str | None:
+        """The fused step's loss and gradients are those of the naive one, to half the digits of the dtype."""
+        if variant != "fused":
+            return None
+        step = _Step(dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH)))
+        own, naive = step.results("fused"), step.results("naive")
+        tolerance = torch.finfo(DTYPES[self.dtype]).eps ** 0.5
+        for name, value in naive.items():
+            error = ((own[name] - value).norm() / value.norm()).item()
+            if not error <= tolerance:
+                return f"{name} of {self.name} differs by {error:.2g} of the naive step's, expected {tolerance:.2g}"
+        return None
+
+    def needed_bytes(self, variant: str) -> int | None:
+        return None
+
+    def roof_seconds(self, variant: str) -> float | None:
+        return None
+
+
+class _Step:
+    def __init__(self, contest: StepContest):
+        self.model, self.teacher, self.collate = _models(contest)
+        self.batch = _batch(contest, self.collate)
+        self.capture = QueryKeyCapture(self.model, (-1,))
+        self.interaction = InteractionLoss(self.teacher, self.capture.layers, InteractionArguments())
+
+    def __call__(self, variant: str) -> Tensor:
+        """Forward and backward; the loss."""
+        self.model.zero_grad(set_to_none=True)
+        inputs = {"input_ids": self.batch["input_ids"], "attention_mask": self.batch["attention_mask"]}
+        if variant == "bradley-terry":
+            loss = self._preference(self.model(**inputs).logits)
+        else:
+            with self.capture.recording():
+                logits = self.model(**inputs).logits
+            loss = self._preference(logits)
+            batch = self.batch["interaction"]
+            student = self.interaction.student_attention(self.capture.take(), batch)
+            if variant != "capture":
+                teacher = self.interaction.teacher_attention(batch)
+                if variant == "fused":
+                    loss = loss + self.interaction.batch_loss(student, teacher, batch).loss
+                elif variant == "naive":
+                    loss = loss + naive_loss(student[0], teacher[0], batch.layout)
+        loss.backward()
+        return loss.detach()
+
+    def results(self, variant: str) -> dict[str, Tensor]:
+        """The loss, and the gradients of the last block's query and key projections."""
+        loss = self(variant)
+        attention = self.model.model.layers[-1].self_attn
+        gradients = {name: getattr(attention, name).weight.grad.float() for name in ("q_proj", "k_proj")}
+        return {"loss": loss.float(), **gradients}
+
+    @staticmethod
+    def _preference(logits: Tensor) -> Tensor:
+        chosen, rejected = logits.float().view(2, -1)
+        return -logsigmoid(chosen - rejected).mean()
+
+
+@functools.lru_cache(maxsize=1)
+def _models(contest: StepContest) -> tuple[LlamaForSequenceClassification, Teacher, PairCollator]:
+    """The student in training mode and the teacher, with random weights, and the collator of their batches."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "word": 2}, unk_token="word")),
+        pad_token="<pad>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[contest.dtype])
+    try:
+        with torch.device(contest.device):
+            student = LlamaForSequenceClassification(
+                LlamaConfig(
+                    **STUDENTS[contest.student],
+                    num_hidden_layers=contest.layers,
+                    max_position_embeddings=contest.length,
+                    num_labels=1,
+                    pad_token_id=0,
+                )
+            )
+            teacher = _teacher(contest.teacher, 2 * contest.length + 8)
+    finally:
+        torch.set_default_dtype(default)
+    return student.train(), Teacher(teacher, tokenizer), PairCollator(tokenizer, tokenizer)
+
+
+def _teacher(name: str, positions: int) -> BertModel | DebertaV2Model:
+    if name == "minilm":
+        config = BertConfig(
+            hidden_size=384,
+            intermediate_size=1536,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            max_position_embeddings=positions,
+        )
+        return BertModel(config, add_pooling_layer=False)
+    config = DebertaV2Config(
+        vocab_size=128100,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        relative_attention=True,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        max_relative_positions=-1,
+        position_biased_input=False,
+        type_vocab_size=0,
+    )
+    return DebertaV2Model(config)
+
+
+def _batch(contest: StepContest, collate: PairCollator) -> dict[str, Any]:
+    """One pair of random tokens: a first special one, then units of which most hold one token of both models."""
+    source = random.Random(0)
+    pair: dict[str, Any] = {"teacher_input_ids": [1], "teacher_token_type_ids": [0]}
+    fields = ("student_positions", "teacher_positions", "student_units", "teacher_units", "num_units", "response_units")
+    pair.update({field: [] for field in fields})
+    for segment, side in enumerate(("chosen", "rejected")):
+        pair[f"{side}_input_ids"] = [1] + [source.randrange(2, 1000) for _ in range(contest.length - 1)]
+        units, teacher_units, unit = [], [], 0
+        while len(units) < contest.length - 1:
+            units += [unit] * min(1 + (unit % MERGED_EVERY == 1), contest.length - 1 - len(units))
+            teacher_units += [unit] * (1 + (unit % MERGED_EVERY == 2))
+            unit += 1
+        first = len(pair["teacher_input_ids"])
+        pair["teacher_input_ids"] += [source.randrange(2, 1000) for _ in teacher_units] + [1]
+        pair["teacher_token_type_ids"] += [segment] * (len(teacher_units) + 1)
+        pair["student_positions"].append(list(range(1, contest.length)))
+        pair["teacher_positions"].append(list(range(first, first + len(teacher_units))))
+        pair["student_units"].append(units)
+        pair["teacher_units"].append(teacher_units)
+        pair["num_units"].append(unit)
+        pair["response_units"].append(unit)
+    batch = collate([pair])
+    return {name: value.to(contest.device) for name, value in batch.items()}
