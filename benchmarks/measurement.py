@@ -16,6 +16,8 @@ from idrm_kernels.testing.memory import peak_bytes
 
 SECONDS_A_CONTEST = 5.0
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 20
+# A contest whose round takes longer has one, without a spread; a call that does is not run again for its memory alone.
+SLOW_ROUND, SLOW_CALL = 60.0, 10.0
 # More than the second-level cache of any GPU: written between rounds, so that none finds its inputs there.
 L2_FLUSH_BYTES = 256 << 20
 # Of the memory that is free: what a run may be expected to take.
@@ -56,14 +58,19 @@ def measure(contest: Contest, names: tuple[str, ...]) -> dict[str, Measurement]:
     estimate = 0.0
     for name in runnable:
         try:
-            calls[name]()
-            start = time.perf_counter()
-            measurements[name].peak_bytes = peak_rise(calls[name], contest.device)
-            estimate += time.perf_counter() - start
+            for _ in range(2):  # the first run warms up
+                start = time.perf_counter()
+                measurements[name].peak_bytes = peak_rise(calls[name], contest.device)
+                duration = time.perf_counter() - start
+                if duration > SLOW_CALL:
+                    break
+            estimate += duration
         except torch.cuda.OutOfMemoryError:
             measurements[name].needed_bytes = contest.needed_bytes(name) or available_bytes(contest.device)
             del calls[name]
     rounds = min(max(int(SECONDS_A_CONTEST / max(estimate, 1e-9)), FEWEST_ROUNDS), MOST_ROUNDS)
+    if estimate > SLOW_ROUND:
+        rounds = 1
     order = list(calls)
     for _ in range(rounds):
         for name in order:

@@ -36,7 +36,7 @@ class Row:
     Attributes:
         suite, contest, workload: the table, the contest's name and its fields.
         seconds: median of the rounds; None where it did not run.
-        spread: half the distance of the quartiles over the median.
+        spread: half the distance of the quartiles over the median; None for a single round.
         rounds: how many.
         peak_bytes, needed_bytes, failure: as in Measurement.
         roof_seconds: as in Contest.
@@ -58,14 +58,14 @@ class Row:
     def of(cls, contest: Contest, variant: str, measurement: Measurement) -> Row:
         seconds = measurement.seconds
         median = statistics.median(seconds) if seconds else None
-        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0, 0.0, 0.0]
+        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else None
         return cls(
             contest.suite,
             contest.name,
             workload_fields(contest),
             variant,
             median,
-            (quartiles[2] - quartiles[0]) / 2 / median if median else None,
+            (quartiles[2] - quartiles[0]) / 2 / median if quartiles else None,
             len(seconds),
             measurement.peak_bytes,
             measurement.needed_bytes,
@@ -83,7 +83,8 @@ class Row:
             return "wrong"
         if self.seconds is None:
             return "out of memory"
-        return f"{_three_digits(self.seconds * 1e3)} ±{100 * self.spread:.0f}%"
+        spread = "" if self.spread is None else f" ±{100 * self.spread:.0f}%"
+        return _three_digits(self.seconds * 1e3) + spread
 
     @property
     def memory_text(self) -> str:

@@ -26,8 +26,8 @@ from idrm.preference import convert_record, drop_reason
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments, EmbeddedArguments)
-# The help flag, and flags of the other commands shown: DeepSpeed's launcher, pip, the compile report.
-OTHER_FLAGS = {"help", "num_accelerators", "no-build-isolation", "arch", "dtype"}
+# The help flag, and flags of the other commands shown: DeepSpeed's launcher, pip, the compile report, benchmarks.
+OTHER_FLAGS = {"help", "num_accelerators", "no-build-isolation", "arch", "dtype", "full"}
 
 
 def blocks(language: str) -> list[str]:
@@ -137,6 +137,14 @@ def test_data_examples_are_one_pair_each():
     assert [drop_reason(pair) for pair in pairs] == [None] * 4
     assert [pair["chosen"][-1]["content"].strip() for pair in pairs] == ["Ten minutes."] * 3 + ["They walked."]
     assert [pair["margin"] for pair in pairs] == [None, 0.5, None, None]
+
+
+def test_figures_of_benchmarks_are_rows_of_the_results():
+    results = "".join(path.read_text(encoding="utf-8") for path in REPOSITORY.glob("benchmarks/results/*/report.md"))
+    section = README.split("\n## Benchmarks\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| c")]
+    assert len(rows) >= 8
+    assert [row for row in rows if row not in results.splitlines()] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])

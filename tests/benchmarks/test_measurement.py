@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import measurement
 from benchmarks.measurement import FEWEST_ROUNDS, RecordedClock, available_bytes, measure, peak_rise
 
 MEBIBYTE = 1 << 20
@@ -12,12 +13,21 @@ MEBIBYTE = 1 << 20
 
 def test_rounds_alternate_and_their_order_turns(fake_contest):
     measured = measure(fake_contest(), ("a", "b", "c"))
-    counts = {len(measurement.seconds) for measurement in measured.values()}
+    counts = {len(one.seconds) for one in measured.values()}
     assert len(counts) == 1
     assert min(counts) >= FEWEST_ROUNDS
     rounds = "".join(fake_contest.log)[6:]  # each has run twice before: to warm up, and for its memory
     assert fake_contest.log[:6] == ["a", "a", "b", "b", "c", "c"]
     assert rounds.startswith("abcbcacab")
+
+
+def test_slow_contests_have_one_round(fake_contest, monkeypatch):
+    monkeypatch.setattr(measurement, "SLOW_ROUND", 0.0)
+    monkeypatch.setattr(measurement, "SLOW_CALL", 0.0)
+    measured = measure(fake_contest(), ("a", "b"))
+    assert [len(one.seconds) for one in measured.values()] == [1, 1]
+    assert fake_contest.log == ["a", "b", "a", "b"]
+    assert measured["a"].peak_bytes is not None
 
 
 def test_what_would_not_fit_is_not_run(fake_contest):
