@@ -1,11 +1,10 @@
 // Vectors of W numbers, through the compiler's own vector types: one source for every instruction set.
 // Everything here is compiled once per instruction set, in the namespace IDRM_CAPABILITY, and uses nothing of the
-// standard library: a shared inline function compiled for a newer CPU could be the copy that the linker keeps.
+// standard library: a shared inline function compiled for a newer CPU could be the copy that the linker keeps. For the
+// same reason the functions of problem.h and plan.h are always inlined, so that there are no copies of them.
 #pragma once
 
-#include <cstdint>
-
-#define IDRM_INLINE inline __attribute__((always_inline))
+#include "problem.h"
 
 namespace idrm {
 namespace IDRM_CAPABILITY {

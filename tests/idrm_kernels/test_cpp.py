@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,20 @@ def test_an_unknown_instruction_set_is_refused():
     result = run_python(program, check=False, IDRM_KERNELS_CPU_CAPABILITY="mmx")
     assert result.returncode
     assert "IDRM_KERNELS_CPU_CAPABILITY: expected portable, avx2, avx512 or avx512_bf16, got mmx" in result.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set alone is compiled here")
+@pytest.mark.parametrize("capability", ["avx2", "avx512", "avx512_bf16"])
+def test_instruction_sets_share_no_function(capability, tmp_path):
+    """The linker keeps one copy of what several sources define, and a CPU might lack what that copy was compiled for."""
+    binary = str(tmp_path / "object.o")
+    # Unoptimised: nothing is inlined but what always is.
+    compile_it = ["g++", "-std=c++17", "-O0", "-c", f"csrc/{capability}.cpp", "-o", binary]
+    subprocess.run(compile_it, cwd=REPOSITORY, check=True)
+    listed = subprocess.run(["nm", "-C", binary], capture_output=True, text=True, check=True).stdout.splitlines()
+    shared = [name for _, kind, name in (line.split(maxsplit=2) for line in listed if line[0] != " ") if kind in "WVu"]
+    assert shared
+    assert [name for name in shared if f"idrm::{capability}::" not in name] == []
 
 
 @built
