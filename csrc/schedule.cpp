@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kMostChunkRows = 128, kLeastChunkRows = 16, kNumeratorBytes = 16 << 20;
 // A strand has at least this many rows, for its dk has to be added to the others'; and these stay within these bytes.
 constexpr int64_t kStrandRows = 256, kStrandBytes = 32 << 20;
+
 int64_t element_bytes(Element element) {
   return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2;
 }
@@ -213,7 +214,8 @@ struct BlockState {
     int64_t num_strands = (view.num_rows + kStrandRows - 1) / kStrandRows;
     if (view.needs_grad) {
       const int64_t row_bytes = aligned(problem.student.head_dim) * compute_bytes(problem);
-      dq_bytes = view.query_components * view.num_rows * problem.student.num_heads / problem.num_head_groups * row_bytes;
+      const int64_t heads = problem.student.num_heads / problem.num_head_groups;
+      dq_bytes = view.query_components * view.num_rows * heads * row_bytes;
       dk_bytes = view.key_components * kv_heads(problem, group).count * tokens.width * row_bytes;
       num_strands = std::clamp<int64_t>(kStrandBytes / std::max<int64_t>(dk_bytes, 1), 1, num_strands);
     }

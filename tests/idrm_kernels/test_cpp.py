@@ -145,7 +145,7 @@ def test_an_unknown_instruction_set_is_refused():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set alone is compiled here")
 @pytest.mark.parametrize("capability", ["avx2", "avx512", "avx512_bf16"])
 def test_instruction_sets_share_no_function(capability, tmp_path):
-    """The linker keeps one copy of what several sources define, and a CPU might lack what that copy was compiled for."""
+    """The linker keeps one copy of what several sources define; a CPU might lack what that copy was compiled for."""
     binary = str(tmp_path / "object.o")
     # Unoptimised: nothing is inlined but what always is.
     compile_it = ["g++", "-std=c++17", "-O0", "-c", f"csrc/{capability}.cpp", "-o", binary]
