@@ -92,7 +92,8 @@ struct Maps {
       }
       case Element::bfloat16: {
         const uint16_t* entries = static_cast<const uint16_t*>(table) + first;
-        for (int64_t j = 0; j < count; ++j) row[j] += log2e * static_cast<T>(from_bfloat16(entries[j * step + slot[j]]));
+        for (int64_t j = 0; j < count; ++j)
+          row[j] += log2e * static_cast<T>(from_bfloat16(entries[j * step + slot[j]]));
         break;
       }
       default:
@@ -110,11 +111,14 @@ struct Maps {
       T* row = scores + i * tokens.width;
       for (int64_t y = 0; y < problem.segments; y += support) {
         Vec most = V::broadcast(-__builtin_inf());
-        for (int64_t z = y; z < y + support; ++z) most = V::max(most, maximum(row + tokens.column[z], visible(rows, i, z)));
+        for (int64_t z = y; z < y + support; ++z)
+          most = V::max(most, maximum(row + tokens.column[z], visible(rows, i, z)));
         const Vec offset = V::broadcast(V::maximum(most));
         Vec total = {};
-        for (int64_t z = y; z < y + support; ++z)
-          total += exponentials(row + tokens.column[z], visible(rows, i, z), tokens.column[z + 1] - tokens.column[z], offset);
+        for (int64_t z = y; z < y + support; ++z) {
+          const int64_t padded = tokens.column[z + 1] - tokens.column[z];
+          total += exponentials(row + tokens.column[z], visible(rows, i, z), padded, offset);
+        }
         const T denominator = V::sum(total);
         const T own = denominator == 0 ? 0 : 1 / denominator;
         for (int64_t z = y; z < y + support; ++z) inverse[i * problem.segments + z] = own;

@@ -65,7 +65,8 @@ struct KernelsOf {
     Sweep<StudentA, TeacherA>(problem, strand, arena).run();
   }
 
-  static void write_queries(const Problem& problem, const Block& block, const double* factors, int64_t begin, int64_t end) {
+  static void write_queries(
+      const Problem& problem, const Block& block, const double* factors, int64_t begin, int64_t end) {
     const Side& side = problem.student;
     const int64_t heads = side.num_heads / problem.num_head_groups, padded = aligned(side.head_dim);
     const int64_t first = first_head(problem, side.num_heads, block.group);

@@ -16,15 +16,11 @@ struct Packing {
   using T = typename A::T;
   using Unit = typename A::Unit;
 
-  // The unit at step `step` of one token's head, zero beyond its head_dim.
-  static IDRM_INLINE Unit unit_of_row(const Side& side, const void* data, int64_t offset, int64_t step) {
-    if constexpr (A::depth_of_unit == 1) {
-      return number<T>(data, side.element, offset + step);
-    } else {
-      const uint16_t* row = static_cast<const uint16_t*>(data) + offset;
-      const uint32_t low = row[2 * step];
-      return 2 * step + 1 < side.head_dim ? low | static_cast<uint32_t>(row[2 * step + 1]) << 16 : low;
-    }
+  // Two bfloat16 of one token's head, the second zero beyond its head_dim.
+  static IDRM_INLINE Unit pair_of_row(const Side& side, const void* data, int64_t offset, int64_t step) {
+    const uint16_t* row = static_cast<const uint16_t*>(data) + offset;
+    const uint32_t low = row[2 * step];
+    return 2 * step + 1 < side.head_dim ? low | static_cast<uint32_t>(row[2 * step + 1]) << 16 : low;
   }
 
   // Keys of one kv head for the scores: panels of kPanel columns, each (units of head_dim, columns of the panel).
@@ -37,7 +33,16 @@ struct Packing {
         const int64_t width = tokens.width - panel < kPanel ? tokens.width - panel : kPanel;
         Unit* p = out + panel * depth + (column - panel);
         const int64_t offset = ((tokens.first[y] + j) * side.num_kv_heads + kv_head) * side.head_dim;
-        for (int64_t step = 0; step < depth; ++step) p[step * width] = unit_of_row(side, side.k, offset, step);
+        if constexpr (A::depth_of_unit == 1) {
+          T numbers[kAlignment];
+          for (int64_t step = 0; step < depth; step += kAlignment) {
+            const int64_t left = depth - step, count = left < kAlignment ? left : kAlignment;
+            read_row(side.k, side.element, offset + step, count, count, numbers);
+            for (int64_t c = 0; c < count; ++c) p[(step + c) * width] = numbers[c];
+          }
+        } else {
+          for (int64_t step = 0; step < depth; ++step) p[step * width] = pair_of_row(side, side.k, offset, step);
+        }
       }
   }
 
@@ -79,7 +84,7 @@ struct Packing {
       if constexpr (A::depth_of_unit == 1) {
         read_row(side.q, side.element, offset, side.head_dim, side.head_dim, row);
       } else {
-        for (int64_t step = 0; step < depth; ++step) row[step] = unit_of_row(side, side.q, offset, step);
+        for (int64_t step = 0; step < depth; ++step) row[step] = pair_of_row(side, side.q, offset, step);
       }
     }
   }

@@ -12,7 +12,7 @@ constexpr int64_t kAlignment = 16;
 // Keys are packed in panels of this many columns, and gradients of scores are formed for as many keys at a time.
 constexpr int64_t kPanel = 64;
 
-inline int64_t aligned(int64_t count) { return (count + kAlignment - 1) / kAlignment * kAlignment; }
+IDRM_INLINE int64_t aligned(int64_t count) { return (count + kAlignment - 1) / kAlignment * kAlignment; }
 
 // Where the tokens (or units) of an example's segments lie among the padded columns.
 struct Columns {
@@ -59,7 +59,7 @@ struct Strand {
   char* dk;                    // (key_components, kv heads of the group, columns, padded head_dim)
 };
 
-inline int64_t first_head(const Problem& problem, int64_t heads, int64_t group) {
+IDRM_INLINE int64_t first_head(const Problem& problem, int64_t heads, int64_t group) {
   return group * (heads / problem.num_head_groups);
 }
 
@@ -68,7 +68,7 @@ struct KvHeads {
   int64_t first, count;
 };
 
-inline KvHeads kv_heads(const Problem& problem, int64_t group) {
+IDRM_INLINE KvHeads kv_heads(const Problem& problem, int64_t group) {
   const int64_t heads = problem.student.num_heads / problem.num_head_groups;
   const int64_t shared = problem.student.num_heads / problem.student.num_kv_heads;
   const int64_t first = group * heads / shared;

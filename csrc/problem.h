@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#define IDRM_INLINE inline __attribute__((always_inline))
+
 namespace idrm {
 
 enum class Element { float32, float64, bfloat16, float16 };
@@ -52,11 +54,11 @@ struct Problem {
   void* dk = nullptr;
   Element gradient_element = Element::float32;
 
-  bool packed_teacher() const { return maps == nullptr; }
-  bool bias() const { return teacher.positions != nullptr; }
+  IDRM_INLINE bool packed_teacher() const { return maps == nullptr; }
+  IDRM_INLINE bool bias() const { return teacher.positions != nullptr; }
   // Whether the gradients of every block are to be multiplied with a factor that is known after its last row only.
-  bool apart() const { return task == Task::loss && reduction == Reduction::frobenius; }
-  double block_weight(int64_t x, int64_t y) const {
+  IDRM_INLINE bool apart() const { return task == Task::loss && reduction == Reduction::frobenius; }
+  IDRM_INLINE double block_weight(int64_t x, int64_t y) const {
     if (task != Task::loss) return 1;
     return (x == y ? intra_weight : inter_weight) / static_cast<double>(num_head_groups * num_examples);
   }

@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kMostChunkRows = 128, kLeastChunkRows = 16, kNumeratorBytes = 16 << 20;
 // A strand has at least this many rows, for its dk has to be added to the others'; and these stay within these bytes.
 constexpr int64_t kStrandRows = 256, kStrandBytes = 32 << 20;
+
 int64_t element_bytes(Element element) {
   return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2;
 }
@@ -213,7 +214,8 @@ struct BlockState {
     int64_t num_strands = (view.num_rows + kStrandRows - 1) / kStrandRows;
     if (view.needs_grad) {
       const int64_t row_bytes = aligned(problem.student.head_dim) * compute_bytes(problem);
-      dq_bytes = view.query_components * view.num_rows * problem.student.num_heads / problem.num_head_groups * row_bytes;
+      const int64_t heads = problem.student.num_heads / problem.num_head_groups;
+      dq_bytes = view.query_components * view.num_rows * heads * row_bytes;
       dk_bytes = view.key_components * kv_heads(problem, group).count * tokens.width * row_bytes;
       num_strands = std::clamp<int64_t>(kStrandBytes / std::max<int64_t>(dk_bytes, 1), 1, num_strands);
     }
@@ -241,8 +243,12 @@ class Run {
   explicit Run(const Problem& problem)
       : problem_(problem), kernels_(choose_kernels(problem)), threads_(torch::stable::get_num_threads()) {
     const Side& side = problem.student;
-    input_bytes_ = side.unit_offsets[problem.total_units] * (side.num_heads + side.num_kv_heads) * side.head_dim *
-                   element_bytes(side.element);
+    const int64_t numbers =
+        side.unit_offsets[problem.total_units] * (side.num_heads + side.num_kv_heads) * side.head_dim;
+    input_bytes_ = numbers * element_bytes(side.element);
+    bytes_ = problem.workspace_bytes + 8 * input_bytes_ - problem.num_head_groups * problem.total_units *
+             problem.segments * static_cast<int64_t>(sizeof(T));
+    if (problem.needs_grad) bytes_ -= numbers * element_bytes(problem.gradient_element);
   }
 
   Losses run() {
@@ -250,9 +256,9 @@ class Run {
     std::vector<std::unique_ptr<BlockState>> wave;
     int64_t size = 0, strands = 0;
     auto finish = [&] {
-      if (!wave.empty()) run_wave(wave, size);
+      if (!wave.empty()) run_wave(wave);
       wave.clear();
-      size = strands = 0;
+      strands = 0;
       while (wave_examples.size() > 1 || (wave_examples.size() == 1 && wave_examples[0]->blocks_left == 0))
         wave_examples.erase(wave_examples.begin());
     };
@@ -271,7 +277,10 @@ class Run {
           auto block = std::make_unique<BlockState>(problem_, state, group, x);
           const int64_t more = block->bytes();
           const bool enough = size + more > problem_.workspace_bytes / 2 && strands >= threads_;
-          if (!wave.empty() && (enough || size + more > problem_.workspace_bytes / 2 + 6 * input_bytes_)) finish();
+          if (!wave.empty() && (enough || size + more > bytes_ - input_bytes_ - problem_.workspace_bytes / 2)) {
+            finish();
+            size = state.memory.size();
+          }
           size += more;
           strands += static_cast<int64_t>(block->strands.size());
           --state.blocks_left;
@@ -283,23 +292,23 @@ class Run {
   }
 
  private:
-  // `size` is what the wave takes beside its threads' arenas, which get what is left of the bound that the kernel keeps:
-  // the workspace and, with the gradients that it returns, 8 times the student's q and k.
-  void run_wave(std::vector<std::unique_ptr<BlockState>>& wave, int64_t size) {
+  // The threads' arenas get what the wave's blocks and examples leave. No other example has memory meanwhile.
+  void run_wave(std::vector<std::unique_ptr<BlockState>>& wave) {
     Parts memory;
     std::vector<ExampleState*> examples;
     std::vector<const Strand*> strands;
-    int64_t arena_bytes = 0;
+    int64_t arena_bytes = 0, example_bytes = 0;
     for (auto& block : wave) {
       block->want_memory(memory);
       if (examples.empty() || examples.back() != block->example) {
         examples.push_back(block->example);
+        example_bytes += block->example->memory.size();
         arena_bytes = std::max(arena_bytes, kernels_.arena_bytes(problem_, block->example->view));
       }
       for (const Strand& strand : block->strands) strands.push_back(&strand);
     }
     const int64_t most = std::min<int64_t>(threads_, strands.size());
-    const int64_t left = problem_.workspace_bytes + 7 * input_bytes_ - size;
+    const int64_t left = bytes_ - example_bytes - memory.size();
     const int64_t workers = std::clamp<int64_t>(left / std::max<int64_t>(arena_bytes, 1), 1, most);
     std::vector<char*> arenas(workers);
     for (char*& arena : arenas) memory.want(arena, arena_bytes);
@@ -395,7 +404,8 @@ class Run {
   const Problem& problem_;
   const Kernels& kernels_;
   const int64_t threads_;
-  int64_t input_bytes_;
+  int64_t input_bytes_;  // of the student's q and k
+  int64_t bytes_;        // bound: the workspace and, with what is returned, 8 times the student's q and k
   Losses losses_;
 };
 

@@ -32,7 +32,8 @@ struct ScoreGradients {
     }
   };
 
-  static IDRM_INLINE void write(Unit* out, int64_t rows, int64_t row, const Row& even, const Row* odd, int64_t columns) {
+  static IDRM_INLINE void write(
+      Unit* out, int64_t rows, int64_t row, const Row& even, const Row* odd, int64_t columns) {
     if constexpr (A::depth_of_unit == 1) {
       for (int64_t j = 0; j < columns; j += A::W) V::store(out + row * kPanel + j, even.at(j));
       if (odd != nullptr)

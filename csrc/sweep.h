@@ -1,4 +1,4 @@
-// One strand: chunk after chunk, both models' maps, their distances, and the gradients while the numerators are at hand.
+// One strand: chunk after chunk, both models' maps, their distances, and gradients while the numerators are at hand.
 #pragma once
 
 #include "score_gradients.h"
@@ -301,7 +301,8 @@ struct Sweep {
           const int64_t left = tokens.column[z + 1] - column, width = left < kPanel ? left : kPanel;
           score_gradients(rows, first_unit, head, z, column, width, z >= maps_begin && z < maps_end);
           product<StudentA, true>(
-              rows.count, padded_dim, width / StudentA::depth_of_unit, ScoreGradients<StudentA>::by_row(buffers.d_scores),
+              rows.count, padded_dim, width / StudentA::depth_of_unit,
+              ScoreGradients<StudentA>::by_row(buffers.d_scores),
               {keys + column / StudentA::depth_of_unit * padded_dim, 0, padded_dim}, dq, heads * padded_dim);
           product<StudentA, true>(
               width, padded_dim, units_of<StudentA>(rows.count),

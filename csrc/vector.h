@@ -1,11 +1,10 @@
 // Vectors of W numbers, through the compiler's own vector types: one source for every instruction set.
 // Everything here is compiled once per instruction set, in the namespace IDRM_CAPABILITY, and uses nothing of the
-// standard library: a shared inline function compiled for a newer CPU could be the copy that the linker keeps.
+// standard library: a shared inline function compiled for a newer CPU could be the copy that the linker keeps. For the
+// same reason the functions of problem.h and plan.h are always inlined, so that there are no copies of them.
 #pragma once
 
-#include <cstdint>
-
-#define IDRM_INLINE inline __attribute__((always_inline))
+#include "problem.h"
 
 namespace idrm {
 namespace IDRM_CAPABILITY {
@@ -104,18 +103,15 @@ IDRM_INLINE float from_bfloat16(uint16_t x) {
   return value;
 }
 
+// Without branches, for loops of it to be vectorised.
 IDRM_INLINE float from_float16(uint16_t x) {
-  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
-  const uint32_t magnitude = x & 0x7fff;
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, magnitude = x & 0x7fff;
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
   uint32_t bits;
-  if (magnitude >= 0x7c00) {
-    bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
-  } else if (magnitude >= 0x400) {
-    bits = sign | ((magnitude << 13) + ((127 - 15) << 23));
-  } else {
-    const float value = static_cast<float>(magnitude) * 0x1p-24f;
-    return sign ? -value : value;
-  }
+  __builtin_memcpy(&bits, &subnormal, 4);
+  bits = magnitude < 0x400 ? bits : (magnitude << 13) + ((127 - 15) << 23);
+  bits += magnitude < 0x7c00 ? 0 : (127 - 15) << 23;
+  bits |= sign;
   float value;
   __builtin_memcpy(&value, &bits, 4);
   return value;

@@ -101,8 +101,8 @@ def _run(problem: MapProblem, task: str, coefficients: Tensor | None, options: L
 
 
 def _operand(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Queries or keys: bfloat16 as they are, unless products are to be taken in float64; others widened or rounded."""
-    if tensor is not None and tensor.dtype == torch.bfloat16 and dtype == torch.float32:
+    """Queries or keys: two bytes a number as they are, unless products are to be taken in float64; others converted."""
+    if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
         return tensor.contiguous()
     return _contiguous(tensor, dtype)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_threads_and_workspace_change_no_bit(name, threads):
 
 
 @built
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalization", ["block", "joint"])
 def test_memory_is_linear_in_tokens(normalization, dtype, threads):
     """64 MiB and 4 times q, k and their gradients, where the maps of all heads would take 2 GB."""
@@ -90,6 +91,24 @@ def test_memory_is_linear_in_tokens(normalization, dtype, threads):
         attention_map_loss(student, teacher, layout, normalization=normalization, impl="cpp").loss.backward()
 
     assert peak_bytes(call) <= (64 << 20) + 4 * 2 * (q.nbytes + k.nbytes)
+
+
+@built
+def test_many_threads_share_the_memory_of_a_few(threads):
+    """Blocks in several waves, the examples' keys among what the threads leave room for."""
+    threads(16)
+    tokens, heads, groups = 256, 16, 8
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(4 * tokens, heads, 64, generator=generator).bfloat16() for _ in "qk")
+    student = PackedAttention(q.requires_grad_(), k.requires_grad_())
+    teacher = PackedAttention(*(side.detach()[:, :groups, :16].contiguous() for side in (q, k)))
+    layout = MapLayout.build([tokens * segment for segment in range(5)])
+    options = {"normalization": "joint", "num_head_groups": groups, "workspace_bytes": 0, "impl": "cpp"}
+
+    def call():
+        attention_map_loss(student, teacher, layout, **options).loss.backward()
+
+    assert peak_bytes(call) <= 8 * (q.nbytes + k.nbytes)
 
 
 @built
@@ -123,12 +142,42 @@ def test_an_unknown_instruction_set_is_refused():
     assert "IDRM_KERNELS_CPU_CAPABILITY: expected portable, avx2, avx512 or avx512_bf16, got mmx" in result.stderr
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set alone is compiled here")
+@pytest.mark.parametrize("capability", ["avx2", "avx512", "avx512_bf16"])
+def test_instruction_sets_share_no_function(capability, tmp_path):
+    """The linker keeps one copy of what several sources define; a CPU might lack what that copy was compiled for."""
+    binary = str(tmp_path / "object.o")
+    # Unoptimised: nothing is inlined but what always is.
+    compile_it = ["g++", "-std=c++17", "-O0", "-c", f"csrc/{capability}.cpp", "-o", binary]
+    subprocess.run(compile_it, cwd=REPOSITORY, check=True)
+    listed = subprocess.run(["nm", "-C", binary], capture_output=True, text=True, check=True).stdout.splitlines()
+    shared = [name for _, kind, name in (line.split(maxsplit=2) for line in listed if line[0] != " ") if kind in "WVu"]
+    assert shared
+    assert [name for name in shared if f"idrm::{capability}::" not in name] == []
+
+
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_auto_takes_it_on_a_cpu(dtype):
     problem = make_problem(Case(dtype=dtype))
     sides = (problem.student, problem.teacher, problem.layout)
     assert torch.equal(attention_map_distance(*sides), attention_map_distance(*sides, impl="cpp"))
+
+
+@built
+@pytest.mark.parametrize("magnitude", [2.0**-22, 2.0**-14, 1.0, 2.0**13], ids=str)
+def test_float16_is_widened_without_error(magnitude):
+    """The bits of its float32 copy: subnormal numbers, those around the smallest normal one, and large ones."""
+    problem = make_problem(Case(dtype=torch.float16, head_dim=33, teacher_head_dim=7, softmax_scale=1 / magnitude))
+    narrow = dataclasses.replace(problem.student, q=(problem.student.q.float() * magnitude).half())
+    assert narrow.q.isfinite().all()
+    losses = []
+    for student in (narrow, dataclasses.replace(narrow, q=narrow.q.float(), k=narrow.k.float())):
+        teacher = dataclasses.replace(student, softmax_scale=0.5 / magnitude)
+        for sides in ((student, problem.teacher), (student, teacher)):
+            losses.append(attention_map_distance(*sides, problem.layout, impl="cpp"))
+    assert torch.equal(losses[0], losses[2])
+    assert torch.equal(losses[1], losses[3])
 
 
 @built
