@@ -71,6 +71,12 @@ void run(
     teacher.p2c = pointer<void>(p2c);
     if (c2p.has_value()) teacher.c2p_element = element_of(*c2p);
     if (p2c.has_value()) teacher.p2c_element = element_of(*p2c);
+    // Under torch.compile nothing in Python has read them.
+    for (int64_t i = 0; i < slot_of_delta->numel(); ++i)
+      if (teacher.slot_of_delta[i] < 0 || teacher.slot_of_delta[i] >= teacher.num_slots)
+        throw std::runtime_error(
+            "position_bias.slot_of_delta: expected slots in [0, " + std::to_string(teacher.num_slots) + "), got " +
+            std::to_string(teacher.slot_of_delta[i]));
   }
   if (maps.has_value()) {
     problem.maps = maps->const_data_ptr();

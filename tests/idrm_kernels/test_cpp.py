@@ -181,6 +181,20 @@ def test_float16_is_widened_without_error(magnitude):
 
 
 @built
+@pytest.mark.parametrize("slot", [-1, 5])
+def test_slots_beyond_the_tables_are_refused_in_compiled_code(slot):
+    """Where Python has not looked at them."""
+    problem = make_problem(Case(bias="both"))
+    bias = problem.teacher.position_bias
+    slots = bias.slot_of_delta.clone()
+    slots[1] = slot
+    teacher = dataclasses.replace(problem.teacher, position_bias=dataclasses.replace(bias, slot_of_delta=slots))
+    compiled = torch.compile(attention_map_distance, backend="eager")
+    with pytest.raises(RuntimeError, match=rf"slot_of_delta: expected slots in \[0, 5\), got {slot}"):
+        compiled(problem.student, teacher, problem.layout, impl="cpp")
+
+
+@built
 def test_another_device_is_refused():
     problem = make_problem(Case())
     layout = problem.layout.to("meta")
