@@ -110,6 +110,8 @@ void run(
 
 std::string capability() { return idrm::name(idrm::capability()); }
 
+void release_memory() { idrm::release_memory(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(idrm_kernels_cpp, m) {
@@ -121,11 +123,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(idrm_kernels_cpp, m) {
       "bool teacher_causal, bool kl, bool joint, int num_head_groups, int workspace_bytes, int task, int reduction, "
       "float intra_weight, float inter_weight, bool needs_grad) -> ()");
   m.def("capability() -> str");
+  m.def("release_memory() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(idrm_kernels_cpp, CPU, m) { m.impl("run", TORCH_BOX(&run)); }
 STABLE_TORCH_LIBRARY_IMPL(idrm_kernels_cpp, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&capability));
+  m.impl("release_memory", TORCH_BOX(&release_memory));
 }
 
 PyMODINIT_FUNC PyInit__C() {

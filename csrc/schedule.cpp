@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -25,6 +26,8 @@ namespace {
 constexpr int64_t kMostChunkRows = 128, kLeastChunkRows = 16, kNumeratorBytes = 16 << 20;
 // A strand has at least this many rows, for its dk has to be added to the others'; and these stay within these bytes.
 constexpr int64_t kStrandRows = 256, kStrandBytes = 32 << 20;
+// Beyond it, what is kept would weigh more than what it saves: memory grows with the tokens, arithmetic with their square.
+constexpr int64_t kKeptBytes = 256 << 20;
 
 int64_t element_bytes(Element element) {
   return element == Element::float64 ? 8 : element == Element::float32 ? 4 : 2;
@@ -38,23 +41,89 @@ double row_weight(const Problem& problem, int64_t unit) {
                                      : static_cast<const float*>(problem.row_weights)[unit];
 }
 
-// Memory from torch's allocator, released with the object.
-class Memory {
+// Memory from torch's allocator that the process keeps from call to call, up to kKeptBytes: a call's buffers are several
+// times as large as its inputs, and touching new pages can take as long as the arithmetic does, above all on a virtual
+// machine whose host takes free pages back.
+class Reserve {
  public:
-  explicit Memory(int64_t bytes)
-      : tensor_(torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte)) {
+  struct Block {
+    torch::stable::Tensor tensor;
+    int64_t bytes;
+  };
+
+  // Never destroyed: when static objects are, torch may be gone.
+  static Reserve& of_process() {
+    static Reserve* reserve = new Reserve;
+    return *reserve;
+  }
+
+  // A kept block, at most a quarter larger than asked for, or a new one: then all others are released first.
+  Block take(int64_t bytes) {
+    std::vector<Block> released;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
+        if (block->bytes >= bytes && block->bytes - bytes <= bytes / 4) {
+          Block found = std::move(*block);
+          blocks_.erase(block);
+          return found;
+        }
+      released.swap(blocks_);
+    }
+    released.clear();
+    Block block{torch::stable::empty({std::max<int64_t>(bytes, 1)}, torch::headeronly::ScalarType::Byte), bytes};
 #ifdef __linux__
-    // Huge pages: every call touches new memory, and products step through it by more than a small page.
+    // Huge pages: products step through it by more than a small one.
     constexpr uintptr_t page = 2 << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data()) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data()) + bytes) / page * page;
+    const uintptr_t data = reinterpret_cast<uintptr_t>(block.tensor.mutable_data_ptr());
+    const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+    return block;
   }
-  char* data() const { return static_cast<char*>(tensor_.mutable_data_ptr()); }
+
+  void give_back(Block block) {
+#ifndef __SANITIZE_ADDRESS__
+    const std::lock_guard<std::mutex> lock(mutex_);
+    blocks_.push_back(std::move(block));
+#endif
+  }
+
+  // Releases all kept blocks, the smallest first, but for so many bytes.
+  void release(int64_t but) {
+    std::vector<Block> released;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::sort(blocks_.begin(), blocks_.end(), [](const Block& a, const Block& b) { return a.bytes > b.bytes; });
+    for (Block& block : blocks_) {
+      if (block.bytes > but) {
+        released.push_back(std::move(block));
+        block.bytes = 0;
+      } else {
+        but -= block.bytes;
+      }
+    }
+    blocks_.erase(
+        std::remove_if(blocks_.begin(), blocks_.end(), [](const Block& block) { return block.bytes == 0; }),
+        blocks_.end());
+  }
 
  private:
-  torch::stable::Tensor tensor_;
+  std::mutex mutex_;
+  std::vector<Block> blocks_;
+};
+
+// A block of the reserve, given back with the object.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes) : block_(Reserve::of_process().take(bytes)) {}
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { Reserve::of_process().give_back(std::move(block_)); }
+  char* data() const { return static_cast<char*>(block_.tensor.mutable_data_ptr()); }
+  int64_t bytes() const { return block_.bytes; }
+
+ private:
+  Reserve::Block block_;
 };
 
 // Cuts one allocation into aligned parts.
@@ -65,6 +134,12 @@ class Parts {
     size_ += (bytes + 63) / 64 * 64;
   }
   int64_t size() const { return size_; }
+  // What has been allocated for them, which may be more.
+  int64_t allocated_bytes() const {
+    int64_t bytes = 0;
+    for (const auto& memory : memory_) bytes += memory->bytes();
+    return bytes;
+  }
   void allocate() {
 #ifdef __SANITIZE_ADDRESS__
     // Apart from each other, so that a step over the end of one is found.
@@ -248,8 +323,14 @@ class Run {
     input_bytes_ = numbers * element_bytes(side.element);
     bytes_ = problem.workspace_bytes + 8 * input_bytes_ - problem.num_head_groups * problem.total_units *
              problem.segments * static_cast<int64_t>(sizeof(T));
-    if (problem.needs_grad) bytes_ -= numbers * element_bytes(problem.gradient_element);
+    if (problem.needs_grad) {
+      gradient_bytes_ = numbers * element_bytes(problem.gradient_element);
+      bytes_ -= gradient_bytes_;
+    }
   }
+
+  // What may stay of the call's memory beside the gradients, and their multiples and copies that a backward pass makes.
+  int64_t bytes_to_keep() const { return bytes_ - gradient_bytes_ - input_bytes_; }
 
   Losses run() {
     std::vector<std::unique_ptr<ExampleState>> wave_examples;
@@ -294,26 +375,29 @@ class Run {
  private:
   // The threads' arenas get what the wave's blocks and examples leave. No other example has memory meanwhile.
   void run_wave(std::vector<std::unique_ptr<BlockState>>& wave) {
-    Parts memory;
+    Parts memory, arena_memory;
     std::vector<ExampleState*> examples;
     std::vector<const Strand*> strands;
-    int64_t arena_bytes = 0, example_bytes = 0;
+    int64_t arena_bytes = 0;
     for (auto& block : wave) {
       block->want_memory(memory);
       if (examples.empty() || examples.back() != block->example) {
         examples.push_back(block->example);
-        example_bytes += block->example->memory.size();
         arena_bytes = std::max(arena_bytes, kernels_.arena_bytes(problem_, block->example->view));
       }
       for (const Strand& strand : block->strands) strands.push_back(&strand);
     }
-    const int64_t most = std::min<int64_t>(threads_, strands.size());
-    const int64_t left = bytes_ - example_bytes - memory.size();
-    const int64_t workers = std::clamp<int64_t>(left / std::max<int64_t>(arena_bytes, 1), 1, most);
-    std::vector<char*> arenas(workers);
-    for (char*& arena : arenas) memory.want(arena, arena_bytes);
     memory.allocate();
     pack(examples);
+    int64_t left = bytes_ - memory.allocated_bytes();
+    for (const ExampleState* example : examples) left -= example->memory.allocated_bytes();
+    const int64_t most = std::min<int64_t>(threads_, strands.size());
+    // A kept block may be a quarter larger than what they need.
+    const int64_t workers = std::clamp<int64_t>(left / std::max<int64_t>(arena_bytes + arena_bytes / 4, 1), 1, most);
+    std::vector<char*> arenas(workers);
+    for (char*& arena : arenas) arena_memory.want(arena, arena_bytes);
+    arena_memory.allocate();
+    Reserve::of_process().release(0);  // what an earlier wave, or call, needed beyond this
     in_parallel(strands.size(), workers, [&](int64_t task, int64_t thread) {
       kernels_.run_strand(problem_, *strands[task], arenas[thread]);
     });
@@ -404,15 +488,29 @@ class Run {
   const Problem& problem_;
   const Kernels& kernels_;
   const int64_t threads_;
-  int64_t input_bytes_;  // of the student's q and k
-  int64_t bytes_;        // bound: the workspace and, with what is returned, 8 times the student's q and k
+  int64_t input_bytes_;         // of the student's q and k
+  int64_t gradient_bytes_ = 0;  // of their gradients, as the kernel writes them
+  int64_t bytes_;               // bound: the workspace and, with what is returned, 8 times the student's q and k
   Losses losses_;
 };
+
+template <class T>
+Losses run_as(const Problem& problem, int64_t& kept) {
+  Run<T> run(problem);
+  kept = run.bytes_to_keep();
+  return run.run();
+}
 
 }  // namespace
 
 Losses run(const Problem& problem) {
-  return problem.student.element == Element::float64 ? Run<double>(problem).run() : Run<float>(problem).run();
+  int64_t kept;
+  const Losses losses = problem.student.element == Element::float64 ? run_as<double>(problem, kept)
+                                                                    : run_as<float>(problem, kept);
+  Reserve::of_process().release(std::min(kept, kKeptBytes));
+  return losses;
 }
+
+void release_memory() { Reserve::of_process().release(0); }
 
 }  // namespace idrm

@@ -13,4 +13,7 @@ struct Losses {
 // Fills problem.distances and, where asked for, dq and dk, which must be zero.
 Losses run(const Problem& problem);
 
+// Hands back the memory that the process keeps for the next call.
+void release_memory();
+
 }  // namespace idrm

@@ -31,6 +31,11 @@ def capability() -> str:
     return torch.ops.idrm_kernels_cpp.capability()
 
 
+def release_memory() -> None:
+    """Hands back the buffers, 256 MiB at most, that the process keeps from one call to the next."""
+    torch.ops.idrm_kernels_cpp.release_memory()
+
+
 def distance(problem: MapProblem) -> Tensor:
     """Row distances (num_head_groups, total_units, segments)."""
     return _run(problem, "distance", None, None).distances

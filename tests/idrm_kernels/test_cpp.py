@@ -5,10 +5,12 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from idrm_kernels import (
     MapLayout,
@@ -18,7 +20,7 @@ from idrm_kernels import (
     available_implementations,
 )
 from idrm_kernels.testing.cases import Case, make_problem
-from idrm_kernels.testing.memory import peak_bytes
+from idrm_kernels.testing.memory import peak_bytes, release_kept_memory
 
 REPOSITORY = Path(__file__).parents[2]
 built = pytest.mark.skipif("cpp" not in available_implementations(), reason="the CPU kernel was not built")
@@ -109,6 +111,36 @@ def test_many_threads_share_the_memory_of_a_few(threads):
         attention_map_loss(student, teacher, layout, **options).loss.backward()
 
     assert peak_bytes(call) <= 8 * (q.nbytes + k.nbytes)
+
+
+@built
+def test_buffers_are_kept_for_the_next_call_until_they_are_released(threads):
+    threads(2)
+    problem, q, k = make_problem(Case(lengths=((256, 256),), num_heads=8, num_kv_heads=8, head_dim=64)).leaves()
+
+    def allocated():
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+            loss = attention_map_loss(problem.student, problem.teacher, problem.layout, impl="cpp").loss
+            torch.autograd.grad(loss, (q, k))
+        events = measured.profiler.kineto_results.events()
+        return sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+
+    release_kept_memory()
+    first, second = allocated(), allocated()
+    assert second < 4 * (q.nbytes + k.nbytes) < first / 2  # the gradients, and their multiples by the incoming one
+    release_kept_memory()
+    assert allocated() == first
+
+
+@built
+def test_calls_at_the_same_time_share_no_buffer(threads):
+    threads(1)
+    cases = [Case(lengths=((90, 70),), head_dim=32, seed=seed) for seed in range(4)]
+    alone = [gradients(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            for together, expected in zip(pool.map(gradients, cases), alone, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(together, expected, strict=True))
 
 
 @built
