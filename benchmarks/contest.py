@@ -30,7 +30,10 @@ class Contest(Protocol):
         """A call that does the whole workload once, for each of these variants, on the same random inputs."""
 
     def check(self, variant: str) -> str | None:
-        """What is wrong with a variant's results; None where nothing is."""
+        """What is wrong with a variant's results, by the tests' rule on a smaller workload; None where nothing is."""
+
+    def check_result(self, variant: str, result: object) -> str | None:
+        """What is wrong with what a variant's call returned on this very workload; None where nothing is."""
 
     def needed_bytes(self, variant: str) -> int | None:
         """Peak memory that a variant is expected to need, where it could be more than there is; else None."""
@@ -39,6 +42,8 @@ class Contest(Protocol):
         """What the machine could do this variant's arithmetic in; None where it is not known."""
 
 
+# The fused implementation of each device.
+FUSED = {"cpu": "cpp", "cuda": "triton"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -1,7 +1,8 @@
-"""What a measurement was made on: device, versions, commit."""
+"""What a measurement was made on, and when: devices, versions, commit, date."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -14,15 +15,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def describe() -> dict[str, object]:
-    """Devices and versions, by name."""
+    """Devices and versions by name; "cuda" only where there is a GPU."""
     description: dict[str, object] = {
         "cpu": f"{cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
         "python": platform.python_version(),
-        "commit": commit(),
     }
     if torch.cuda.is_available():
         description["cuda"] = torch.cuda.get_device_name()
-        description["cuda_version"] = torch.version.cuda
+        description["CUDA"] = torch.version.cuda
     for package in ("torch", "triton", "transformers"):
         try:
             description[package] = importlib.metadata.version(package)
@@ -47,6 +47,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def commit() -> str:
     """The commit measured, marked where files differ from it."""
     result = subprocess.run(

@@ -1,10 +1,11 @@
-"""Time and peak memory of calls, side by side: warmed up, in alternating rounds, with one run for the memory."""
+"""Time and peak memory of calls, side by side: checked, warmed up, in rounds of changing order."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,10 @@ from idrm_kernels.testing.memory import peak_bytes, release_kept_memory
 
 SECONDS_A_CONTEST = 4.0
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 20
-# A contest whose round takes longer has one, without a spread; a call that does is not run again for its memory alone.
-SLOW_ROUND, SLOW_CALL = 20.0, 5.0
+# A contest whose round takes longer than this has one round, without a spread.
+SLOW_ROUND_SECONDS = 20.0
+# A call that takes longer than this is not run again, warm, for its memory.
+SLOW_CALL_SECONDS = 5.0
 # More than the second-level cache of any GPU: written between rounds, so that none finds its inputs there.
 L2_FLUSH_BYTES = 256 << 20
 # Of the memory that is free: what a run may be expected to take.
@@ -29,59 +32,80 @@ class Measurement:
     """One variant of a contest.
 
     Attributes:
-        seconds: duration of every round; empty where it did not run.
-        peak_bytes: rise of the peak memory over the inputs: of CUDA's allocator on a GPU, of the process's resident
-            memory on a CPU (of torch's allocator where the system does not tell).
-        needed_bytes: what it would have needed, where that is more than there is.
+        seconds: duration of every round; empty where it did not run. Rounds of a contest's variants belong together.
+        peak_bytes: rise of the peak memory over what was in use before: of CUDA's allocator on a GPU, of the process's
+            resident memory on a CPU (of torch's allocator where the system does not tell).
+        before_bytes: what was in use before.
+        needed_bytes: what it would need at least, where that is more than there is.
         failure: why no number of it can be believed.
     """
 
     seconds: list[float] = dataclasses.field(default_factory=list)
     peak_bytes: int | None = None
+    before_bytes: int | None = None
     needed_bytes: int | None = None
     failure: str | None = None
 
 
 def measure(contest: Contest, names: tuple[str, ...]) -> dict[str, Measurement]:
-    """Measures variants of a contest by rounds in which each runs once, and the order turns."""
+    """Measures variants of a contest by rounds in which each runs once, in an order drawn anew."""
     measurements = {name: Measurement() for name in names}
-    runnable = []
+    calls: dict[str, Callable[[], object]] = {}
+    round_seconds = 0.0
     for name in names:
-        needed = contest.needed_bytes(name)
-        if needed is not None and needed > USABLE_SHARE * available_bytes(contest.device):
-            measurements[name].needed_bytes = needed
-        elif failure := contest.check(name):
-            measurements[name].failure = failure
-        else:
-            runnable.append(name)
-    calls = dict(contest.variants(tuple(runnable)))
-    estimate = 0.0
-    for name in runnable:
+        measurement = measurements[name]
         try:
-            for _ in range(2):  # the first run warms up
-                start = time.perf_counter()
-                measurements[name].peak_bytes = peak_rise(calls[name], contest.device)
-                duration = time.perf_counter() - start
-                if duration > SLOW_CALL:
-                    break
-            estimate += duration
-        except torch.cuda.OutOfMemoryError:
-            measurements[name].needed_bytes = contest.needed_bytes(name) or available_bytes(contest.device)
-            del calls[name]
-    rounds = min(max(int(SECONDS_A_CONTEST / max(estimate, 1e-9)), FEWEST_ROUNDS), MOST_ROUNDS)
-    if estimate > SLOW_ROUND:
+            measurement.needed_bytes = _bytes_beyond_reach(contest, name)
+            if measurement.needed_bytes is None:
+                measurement.failure = contest.check(name)
+            if measurement.needed_bytes is None and measurement.failure is None:
+                (calls[name],) = contest.variants((name,)).values()
+                round_seconds += _warm_up(contest, name, calls[name], measurement)
+        except torch.OutOfMemoryError:
+            measurement.needed_bytes = 0  # set below: what failed is held by the exception until it is handled
+        except Exception as error:  # one variant's failure is a row, and the others' numbers stand
+            measurement.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if measurement.needed_bytes == 0:
+            torch.cuda.empty_cache()
+            measurement.needed_bytes = available_bytes(contest.device)
+        if measurement.needed_bytes is not None or measurement.failure is not None:
+            calls.pop(name, None)
+            measurement.peak_bytes = measurement.before_bytes = None
+    rounds = min(max(int(SECONDS_A_CONTEST / max(round_seconds, 1e-9)), FEWEST_ROUNDS), MOST_ROUNDS)
+    if round_seconds > SLOW_ROUND_SECONDS:
         rounds = 1
-    order = list(calls)
-    for _ in range(rounds):
-        for name in order:
-            measurements[name].seconds.append(seconds_of(calls[name], contest.device))
-        order = order[1:] + order[:1]
+    order, source = list(calls), random.Random(0)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            source.shuffle(order)
+            for name in order:
+                measurements[name].seconds.append(seconds_of(calls[name], contest.device))
+    finally:
+        gc.enable()
     return measurements
 
 
+def _bytes_beyond_reach(contest: Contest, name: str) -> int | None:
+    needed = contest.needed_bytes(name)
+    return needed if needed is not None and needed > USABLE_SHARE * available_bytes(contest.device) else None
+
+
+def _warm_up(contest: Contest, name: str, call: Callable[[], object], measurement: Measurement) -> float:
+    """Runs a call for its memory, twice unless it is slow, and checks what it returned; how long the last run took."""
+    for _ in range(2):
+        start = time.perf_counter()
+        measurement.before_bytes, measurement.peak_bytes, result = peak_rise(call, contest.device)
+        seconds = time.perf_counter() - start
+        if seconds > SLOW_CALL_SECONDS:
+            break
+    measurement.failure = contest.check_result(name, result)
+    return seconds
+
+
 def seconds_of(call: Callable[[], object], device: str) -> float:
-    """One run's duration: on a GPU between events, with a cold second-level cache."""
-    gc.collect()
+    """One run's duration: on a GPU between events, launches included, with a cold second-level cache."""
     if device == "cpu":
         start = time.perf_counter()
         call()
@@ -95,22 +119,25 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def peak_rise(call: Callable[[], object], device: str) -> int:
-    """How far a call raises the peak memory over what is in use before it, nothing being kept for it, in bytes."""
+def peak_rise(call: Callable[[], object], device: str) -> tuple[int, int, object]:
+    """Bytes in use before a call, how far it raises the peak over them, and what it returns.
+
+    Nothing that an implementation keeps from earlier calls counts as in use before.
+    """
     gc.collect()
     release_kept_memory()
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        result = call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return before, torch.cuda.max_memory_allocated() - before, result
     before = _reset_resident_peak()
     if before is None:
-        return peak_bytes(call)
-    call()
-    return _process_bytes("VmHWM") - before
+        return 0, peak_bytes(call), call()
+    result = call()
+    return before, _process_bytes("VmHWM") - before, result
 
 
 def available_bytes(device: str) -> int:

@@ -1,7 +1,7 @@
 """The time below which a machine's matrix products and exponentials do not let an algorithm go: their sum, no overlap.
 
-Rates are measured where they can be (products, and exponentials on a CPU); a GPU's exponentials are its special
-function units' number times their clock, 16 a cycle and multiprocessor. Counts are those of docs/kernels.md.
+Rates are those of torch's own products and, on a CPU, exponentials, measured in the run; on a GPU 16 exponentials a
+cycle and multiprocessor at the highest clock, where torch tells it. Counts are those of docs/kernels.md.
 """
 
 from __future__ import annotations

@@ -23,15 +23,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.contest import DTYPES
+from benchmarks.contest import DTYPES, FUSED
 from idrm.arguments import InteractionArguments
 from idrm.capture import QueryKeyCapture, Teacher
 from idrm.collator import PairCollator
 from idrm.interaction import InteractionLoss
+from idrm_kernels import available_implementations
 from idrm_kernels.testing.comparison import naive_loss
 
 LADDER = ("bradley-terry", "capture", "teacher", "fused", "naive")
 CHECKED_LENGTH = 128
+# Of a sequence, special ones and the teacher's shorter pieces included.
+MOST_TOKENS = 2304
 STUDENTS = {
     "small": {
         "hidden_size": 512,
@@ -62,12 +65,12 @@ class StepContest:
     """A training step on one pair of ``length`` tokens a sequence, with random weights.
 
     Variants, each the one before and something more: "bradley-terry" (alpha 0), "capture" (the last block's queries and
-    keys recorded and packed), "teacher" (its forward pass, queries and keys packed), "fused" (alpha 1 with the kernel
-    that the device has), and instead of it "naive" (alpha 1 with every map held).
+    keys recorded and packed, and back), "teacher" (its forward pass, queries and keys packed), "fused" (alpha 1 with
+    the fused kernel of the device), and instead of it "naive" (alpha 1 with every map held).
 
     Attributes:
-        layers: decoder blocks of the student; where they are fewer than its shape has, the interaction's share of a
-            whole model's time is smaller by about layers / all, as scaled_layers says.
+        layers, all_layers: decoder blocks of the student, and how many its shape has. Where not all fit, shares of the
+            step are those of a step all_layers / layers as long.
     """
 
     device: str
@@ -76,6 +79,7 @@ class StepContest:
     teacher: str
     length: int
     layers: int
+    all_layers: int
 
     @property
     def suite(self) -> str:
@@ -90,11 +94,16 @@ class StepContest:
         return {name: functools.partial(step, name) for name in names}
 
     def check(self, variant: str) -> str | None:
-        """The fused step's loss and gradients are those of the naive one, to half the digits of the dtype."""
+        if variant == "fused" and FUSED[self.device] not in available_implementations():
+            return f"{FUSED[self.device]} is not available here"
+        return None
+
+    def check_result(self, variant: str, result: Tensor) -> str | None:
+        """The fused step's interaction loss and its gradients are the naive one's, to half the digits of the dtype."""
         if variant != "fused":
             return None
         step = _Step(dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH)))
-        own, naive = step.results("fused"), step.results("naive")
+        own, naive = step.interaction_gradients("fused"), step.interaction_gradients("naive")
         tolerance = torch.finfo(DTYPES[self.dtype]).eps ** 0.5
         for name, value in naive.items():
             error = ((own[name] - value).norm() / value.norm()).item()
@@ -111,38 +120,46 @@ class StepContest:
 
 class _Step:
     def __init__(self, contest: StepContest):
-        self.model, self.teacher, self.collate = _models(contest)
+        self.model, self.teacher, self.collate = _models(
+            contest.device, contest.dtype, contest.student, contest.teacher, contest.layers
+        )
         self.batch = _batch(contest, self.collate)
         self.capture = QueryKeyCapture(self.model, (-1,))
-        self.interaction = InteractionLoss(self.teacher, self.capture.layers, InteractionArguments())
+        arguments = InteractionArguments(kernel_impl=FUSED[contest.device])
+        self.interaction = InteractionLoss(self.teacher, self.capture.layers, arguments)
 
     def __call__(self, variant: str) -> Tensor:
-        """Forward and backward; the loss."""
-        self.model.zero_grad(set_to_none=True)
-        inputs = {"input_ids": self.batch["input_ids"], "attention_mask": self.batch["attention_mask"]}
-        if variant == "bradley-terry":
-            loss = self._preference(self.model(**inputs).logits)
-        else:
-            with self.capture.recording():
-                logits = self.model(**inputs).logits
-            loss = self._preference(logits)
-            batch = self.batch["interaction"]
-            student = self.interaction.student_attention(self.capture.take(), batch)
-            if variant != "capture":
-                teacher = self.interaction.teacher_attention(batch)
-                if variant == "fused":
-                    loss = loss + self.interaction.batch_loss(student, teacher, batch).loss
-                elif variant == "naive":
-                    loss = loss + naive_loss(student[0], teacher[0], batch.layout)
+        """Forward and backward; the loss. The gradients are freed, so that the next call's memory holds them anew."""
+        loss = sum(self._losses(variant))
         loss.backward()
+        self.model.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def results(self, variant: str) -> dict[str, Tensor]:
-        """The loss, and the gradients of the last block's query and key projections."""
-        loss = self(variant)
+    def interaction_gradients(self, variant: str) -> dict[str, Tensor]:
+        """The interaction loss, and its gradients of the last block's query and key projections."""
+        _, loss = self._losses(variant)
         attention = self.model.model.layers[-1].self_attn
-        gradients = {name: getattr(attention, name).weight.grad.float() for name in ("q_proj", "k_proj")}
-        return {"loss": loss.float(), **gradients}
+        weights = {"q_proj": attention.q_proj.weight, "k_proj": attention.k_proj.weight}
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        return {"loss": loss.detach().float(), **dict(zip(weights, (g.float() for g in gradients), strict=True))}
+
+    def _losses(self, variant: str) -> tuple[Tensor, Tensor | float]:
+        """The preference loss, and what the variant adds to it."""
+        inputs = {"input_ids": self.batch["input_ids"], "attention_mask": self.batch["attention_mask"]}
+        if variant == "bradley-terry":
+            return self._preference(self.model(**inputs).logits), 0.0
+        with self.capture.recording():
+            logits = self.model(**inputs).logits
+        batch = self.batch["interaction"]
+        (student,) = self.interaction.student_attention(self.capture.take(), batch)
+        if variant == "capture":
+            return self._preference(logits), 0.0 * (student.q.sum() + student.k.sum())
+        (teacher,) = self.interaction.teacher_attention(batch)
+        if variant == "teacher":
+            return self._preference(logits), 0.0 * (student.q.sum() + student.k.sum())
+        if variant == "fused":
+            return self._preference(logits), self.interaction.batch_loss([student], [teacher], batch).loss
+        return self._preference(logits), naive_loss(student, teacher, batch.layout)
 
     @staticmethod
     def _preference(logits: Tensor) -> Tensor:
@@ -151,7 +168,9 @@ class _Step:
 
 
 @functools.lru_cache(maxsize=1)
-def _models(contest: StepContest) -> tuple[LlamaForSequenceClassification, Teacher, PairCollator]:
+def _models(
+    device: str, dtype: str, student: str, teacher: str, layers: int
+) -> tuple[LlamaForSequenceClassification, Teacher, PairCollator]:
     """The student in training mode and the teacher, with random weights, and the collator of their batches."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "word": 2}, unk_token="word")),
@@ -160,22 +179,23 @@ def _models(contest: StepContest) -> tuple[LlamaForSequenceClassification, Teach
     )
     torch.manual_seed(0)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[contest.dtype])
+    torch.set_default_dtype(DTYPES[dtype])
     try:
-        with torch.device(contest.device):
-            student = LlamaForSequenceClassification(
+        with torch.device(device):
+            student_model = LlamaForSequenceClassification(
                 LlamaConfig(
-                    **STUDENTS[contest.student],
-                    num_hidden_layers=contest.layers,
-                    max_position_embeddings=contest.length,
+                    **STUDENTS[student],
+                    num_hidden_layers=layers,
+                    max_position_embeddings=MOST_TOKENS,
                     num_labels=1,
                     pad_token_id=0,
+                    use_cache=False,  # as the Trainer has it
                 )
             )
-            teacher = _teacher(contest.teacher, 2 * contest.length + 8)
+            teacher_model = _teacher(teacher, 2 * MOST_TOKENS)
     finally:
         torch.set_default_dtype(default)
-    return student.train(), Teacher(teacher, tokenizer), PairCollator(tokenizer, tokenizer)
+    return student_model.train(), Teacher(teacher_model, tokenizer), PairCollator(tokenizer, tokenizer)
 
 
 def _teacher(name: str, positions: int) -> BertModel | DebertaV2Model:

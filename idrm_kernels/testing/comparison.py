@@ -137,7 +137,7 @@ def naive_map(
     tokens, counts, supports = _geometry(layout, example, teacher_side, normalization)
     q = attention.q[tokens].transpose(0, 1)
     k = attention.k[tokens].transpose(0, 1).repeat_interleave(len(q) // attention.k.shape[1], dim=0)
-    scores = (attention.scale * (q @ k.transpose(1, 2))).float()
+    scores = ((attention.scale * q) @ k.transpose(1, 2)).float()
     if attention.position_bias is not None:
         bias = attention.position_bias
         limit = len(bias.slot_of_delta) // 2
@@ -150,8 +150,9 @@ def naive_map(
             scores = scores + p2c.gather(2, slots.transpose(1, 2)).transpose(1, 2)
     if attention.causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-    p = torch.cat([scores[..., a:b].softmax(-1) for a, b in supports], dim=-1)
-    p = p.unflatten(0, (num_head_groups, -1)).mean(1)
+    # Averaged over heads before they are put together: the fewest copies of all heads' maps.
+    parts = [scores[..., a:b].softmax(-1).unflatten(0, (num_head_groups, -1)).mean(1) for a, b in supports]
+    p = torch.cat(parts, dim=-1)
     if len(counts) == len(q[0]):
         return p
     counts = counts.to(p.device)

@@ -21,9 +21,9 @@ def peak_bytes(call: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         call()
     events = measured.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     live = highest = 0
-    for _, change in changes:
+    for _, change in sorted(changes, key=lambda change: change[0]):
         live += change
         highest = max(highest, live)
     return highest

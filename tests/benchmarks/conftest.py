@@ -21,6 +21,7 @@ class FakeContest:
     units: str = "tokens"
     normalization: str = "block"
     wrong: str = ""
+    nonsense: str = ""
     suite: str = "op"
 
     log: typing.ClassVar[list[str]] = []
@@ -34,6 +35,9 @@ class FakeContest:
 
     def check(self, variant):
         return f"{variant} is wrong" if variant == self.wrong else None
+
+    def check_result(self, variant, result):
+        return f"{variant} returned nonsense" if variant == self.nonsense else None
 
     def needed_bytes(self, variant):
         return 1 << 60 if variant == "naive" and self.length > 1000 else None

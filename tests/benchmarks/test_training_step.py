@@ -1,5 +1,7 @@
 """The ladder of a training step."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,12 +9,23 @@ from benchmarks import training_step
 from benchmarks.training_step import LADDER, StepContest
 
 
+def test_a_teacher_of_debertas_shape_is_read(tiny, monkeypatch):
+    class Small(training_step.DebertaV2Config):
+        def __init__(self, **values):
+            super().__init__(**{**values, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2})
+
+    monkeypatch.setattr(training_step, "DebertaV2Config", Small)
+    contest = dataclasses.replace(tiny, teacher="deberta-large")
+    losses = {name: call() for name, call in contest.variants(("fused", "naive")).items()}
+    torch.testing.assert_close(losses["fused"], losses["naive"])
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setitem(training_step.STUDENTS, "tiny", {**shape, "vocab_size": 1000})
     training_step._models.cache_clear()
-    yield StepContest("cpu", "float32", "tiny", "minilm", 50, 2)
+    yield StepContest("cpu", "float32", "tiny", "minilm", 50, 2, 2)
     training_step._models.cache_clear()
 
 
@@ -22,9 +35,17 @@ def test_every_rung_adds_what_it_says(tiny):
     assert losses["fused"] > losses["teacher"]
     torch.testing.assert_close(losses["fused"], losses["naive"])
     assert tiny.check("fused") is None
+    assert tiny.check_result("fused", losses["fused"]) is None
+
+
+def test_a_step_leaves_no_gradients(tiny):
+    step = tiny.variants(("fused",))["fused"]
+    step()
+    model, _, _ = training_step._models("cpu", "float32", "tiny", "minilm", 2)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_wrong_loss_gets_no_number(tiny, monkeypatch):
     naive_loss = training_step.naive_loss
     monkeypatch.setattr(training_step, "naive_loss", lambda *arguments: 2 * naive_loss(*arguments))
-    assert "differs by" in tiny.check("fused")
+    assert "differs by" in tiny.check_result("fused", None)
