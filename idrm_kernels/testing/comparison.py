@@ -137,7 +137,7 @@ def naive_map(
     tokens, counts, supports = _geometry(layout, example, teacher_side, normalization)
     q = attention.q[tokens].transpose(0, 1)
     k = attention.k[tokens].transpose(0, 1).repeat_interleave(len(q) // attention.k.shape[1], dim=0)
-    scores = ((attention.scale * q) @ k.transpose(1, 2)).float()
+    scores = torch.matmul(q, k.transpose(1, 2)).mul_(attention.scale).float()
     if attention.position_bias is not None:
         bias = attention.position_bias
         limit = len(bias.slot_of_delta) // 2
