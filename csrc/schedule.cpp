@@ -57,17 +57,21 @@ class Reserve {
     return *reserve;
   }
 
-  // A kept block, at most a quarter larger than asked for, or a new one: then all others are released first.
+  // The smallest kept block that does and is at most a quarter larger, or a new one, before which all are released.
   Block take(int64_t bytes) {
     std::vector<Block> released;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      auto best = blocks_.end();
       for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
-        if (block->bytes >= bytes && block->bytes - bytes <= bytes / 4) {
-          Block found = std::move(*block);
-          blocks_.erase(block);
-          return found;
-        }
+        if (block->bytes >= bytes && block->bytes - bytes <= bytes / 4 &&
+            (best == blocks_.end() || block->bytes < best->bytes))
+          best = block;
+      if (best != blocks_.end()) {
+        Block found = std::move(*best);
+        blocks_.erase(best);
+        return found;
+      }
       released.swap(blocks_);
     }
     released.clear();
@@ -329,8 +333,9 @@ class Run {
     }
   }
 
-  // What may stay of the call's memory beside the gradients, and their multiples and copies that a backward pass makes.
-  int64_t bytes_to_keep() const { return bytes_ - gradient_bytes_ - input_bytes_; }
+  // What may stay of the call's memory beside the gradients, their multiples and copies that a backward pass makes, and
+  // what other allocations round up to.
+  int64_t bytes_to_keep() const { return bytes_ - gradient_bytes_ - input_bytes_ - problem_.workspace_bytes / 4; }
 
   Losses run() {
     std::vector<std::unique_ptr<ExampleState>> wave_examples;
