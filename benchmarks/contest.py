@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -10,7 +9,7 @@ import torch
 
 
 class Contest(Protocol):
-    """A workload with its variants; hashable, so that one run measures it once. Its fields say what it is.
+    """A workload with its variants: a frozen dataclass whose fields say what it is, so that one run measures it once.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -45,8 +44,3 @@ class Contest(Protocol):
 # The fused implementation of each device.
 FUSED = {"cpu": "cpp", "cuda": "triton"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def workload_fields(contest: Contest) -> dict[str, object]:
-    """The contest's fields, for its rows."""
-    return dataclasses.asdict(contest)  # type: ignore[call-overload]

@@ -32,7 +32,7 @@ def describe() -> dict[str, object]:
         from idrm_kernels.impl import cpp
 
         description["cpu_instructions"] = cpp.capability()
-    except (ImportError, AttributeError):
+    except ImportError:
         description["cpu_instructions"] = "the CPU kernel is not built"
     return description
 

@@ -76,7 +76,6 @@ class OpContest:
         return "-".join(parts)
 
     def variants(self, names: tuple[str, ...]) -> Mapping[str, Callable[[], object]]:
-        torch._dynamo.reset()
         problem, q, k = _problem(self).leaves()
         if self.passes == "forward":
             q.requires_grad_(False)
@@ -130,6 +129,7 @@ class OpContest:
         elif variant == NAIVE:
             compute = functools.partial(naive_loss, *inputs, normalization=self.normalization)
         elif variant == NAIVE_COMPILED:
+            torch._dynamo.reset()  # it compiles one function for a few shapes only, then falls back to eager
             compiled = torch.compile(naive_loss, dynamic=False)
             compute = functools.partial(compiled, *inputs, normalization=self.normalization)
         else:
@@ -198,7 +198,6 @@ def _failure(contest: OpContest, variant: str) -> str | None:
 @functools.cache
 def _results(contest: OpContest, variant: str) -> tuple[Tensor, ...]:
     """Loss, dq and dk in float64 on the CPU; "exact" computes them in float64."""
-    torch._dynamo.reset()
     problem = _problem(contest)
     problem, _, _ = (problem.to(torch.float64) if variant == "exact" else problem).leaves()
     call = contest._call("reference" if variant == "exact" else variant, problem)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import FUSED, Contest, workload_fields
+from benchmarks.contest import FUSED, Contest
 from benchmarks.machine import commit
 from benchmarks.measurement import Measurement
 
@@ -39,8 +39,7 @@ ADDITIONS = (
     ("naive loss", "naive", "teacher"),
     ("all, fused", "fused", BASELINE),
 )
-
-
+TITLES = {"op": "The loss", "training_step": "A training step"}
 QUANTITIES = {
     "time": lambda row: row.median * 1e3,
     "memory": lambda row: row.peak_bytes / 2**20,
@@ -77,7 +76,7 @@ class Row:
         return cls(
             contest.suite,
             contest.name,
-            workload_fields(contest),
+            dataclasses.asdict(contest),
             variant,
             measurement.seconds,
             measurement.peak_bytes,
@@ -130,9 +129,6 @@ def tables(rows: Sequence[Row]) -> str:
     if failures:
         texts.append("### No number is given for\n\n" + "\n".join(failures))
     return "\n\n".join(texts)
-
-
-TITLES = {"op": "The loss", "training_step": "A training step"}
 
 
 def _op_tables(contests: Sequence[Sequence[Row]]) -> str:

@@ -42,8 +42,7 @@ double row_weight(const Problem& problem, int64_t unit) {
 }
 
 // Memory from torch's allocator that the process keeps from call to call, up to kKeptBytes: a call's buffers are several
-// times as large as its inputs, and touching new pages can take as long as the arithmetic does, above all on a virtual
-// machine whose host takes free pages back.
+// times as large as its inputs, and on a virtual machine the system's part of touching new pages came near the kernel's.
 class Reserve {
  public:
   struct Block {

@@ -62,38 +62,16 @@ def naive_outputs(problem: Problem, case: Case) -> dict[str, Tensor]:
         return naive_distance(problem.student, problem.teacher, problem.layout, **case.map_options)
 
     def loss(problem: Problem) -> Tensor:
-        return naive_loss(
-            problem.student,
-            problem.teacher,
-            problem.layout,
-            row_weights=problem.row_weights,
-            **case.map_options,
-            **case.loss_options,
-        )
+        return oracle_loss(distance(problem), problem.layout, row_weights=problem.row_weights, **case.loss_options)
 
     return outputs(problem, distance, loss)
 
 
 def naive_loss(
-    student: PackedAttention,
-    teacher: PackedAttention | StoredMaps,
-    layout: MapLayout,
-    *,
-    reduction: str = "frobenius",
-    intra_weight: float = 1.0,
-    inter_weight: float = 1.0,
-    row_weights: Tensor | None = None,
-    **map_options,
+    student: PackedAttention, teacher: PackedAttention | StoredMaps, layout: MapLayout, **map_options
 ) -> Tensor:
-    """The loss that ``attention_map_loss`` returns, with every map of an example in memory."""
-    return oracle_loss(
-        naive_distance(student, teacher, layout, **map_options),
-        layout,
-        reduction=reduction,
-        intra_weight=intra_weight,
-        inter_weight=inter_weight,
-        row_weights=row_weights,
-    )
+    """The ``frobenius`` loss that ``attention_map_loss`` returns, with every map of an example in memory."""
+    return oracle_loss(naive_distance(student, teacher, layout, **map_options), layout)
 
 
 def naive_distance(

@@ -58,7 +58,7 @@ def test_what_returns_nonsense_is_not_timed(fake_contest):
     assert measured["naive"].seconds
 
 
-def test_a_failing_variant_leaves_the_others_their_numbers(fake_contest, monkeypatch):
+def test_a_failing_variant_leaves_the_others_their_numbers(fake_contest):
     class Failing(fake_contest):
         def variants(self, names):
             def fail():
@@ -72,7 +72,7 @@ def test_a_failing_variant_leaves_the_others_their_numbers(fake_contest, monkeyp
     assert measured["naive"].seconds
 
 
-def test_running_out_of_memory_is_a_row(fake_contest, monkeypatch):
+def test_running_out_of_memory_is_a_row(fake_contest):
     class Large(fake_contest):
         def variants(self, names):
             def fail():

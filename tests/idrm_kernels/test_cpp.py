@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,12 @@ RAGGED = {
     "stored": Case(lengths=((129, 257),) * 3, teacher="stored", dtype=torch.bfloat16, inter_weight=0.0),
     "float64": Case(lengths=((129, 300), (3, 1)), dtype=torch.float64),
 }
+
+
+def test_it_was_built_where_it_can_be():
+    """Or else all tests of it would be skipped."""
+    wanted = shutil.which("g++") and os.environ.get("IDRM_KERNELS_BUILD") != "skip"
+    assert not wanted or "cpp" in available_implementations()
 
 
 def gradients(case, **options):
