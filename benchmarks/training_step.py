@@ -230,8 +230,9 @@ def _batch(contest: StepContest, collate: PairCollator) -> dict[str, Any]:
     """One pair of random tokens: a first special one, then units of which most hold one token of both models."""
     source = random.Random(0)
     pair: dict[str, Any] = {"teacher_input_ids": [1], "teacher_token_type_ids": [0]}
-    fields = ("student_positions", "teacher_positions", "student_units", "teacher_units", "num_units", "response_units")
-    pair.update({field: [] for field in fields})
+    for whose in ("student", "teacher"):
+        pair |= {f"{whose}_positions": [], f"{whose}_units": []}
+    pair |= {"num_units": [], "response_units": []}
     for segment, side in enumerate(("chosen", "rejected")):
         pair[f"{side}_input_ids"] = [1] + [source.randrange(2, 1000) for _ in range(contest.length - 1)]
         units, teacher_units, unit = [], [], 0
@@ -248,5 +249,7 @@ def _batch(contest: StepContest, collate: PairCollator) -> dict[str, Any]:
         pair["teacher_units"].append(teacher_units)
         pair["num_units"].append(unit)
         pair["response_units"].append(unit)
+    pair["teacher_places"] = pair["teacher_positions"]
+    pair["teacher_window_lengths"] = [len(pair["teacher_input_ids"])]
     batch = collate([pair])
     return {name: value.to(contest.device) for name, value in batch.items()}

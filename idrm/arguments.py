@@ -103,6 +103,20 @@ class DataArguments:
             "help": "Longest teacher input in tokens, both sequences together. Default: the teacher's limit, else 512."
         },
     )
+    teacher_segment_order: Literal["chosen_first", "random"] = field(
+        default="chosen_first",
+        metadata={
+            "help": "Which sequence the teacher reads first: chosen, or for every pair one drawn from its text and "
+            "--data_seed (else --seed), so that its place in the joint input does not tell which one is better."
+        },
+    )
+    teacher_long_inputs: Literal["cut", "windows"] = field(
+        default="cut",
+        metadata={
+            "help": "Pairs longer than --teacher_max_length: cut from the left of the prompt, or read whole in several "
+            "overlapping inputs (windows)."
+        },
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the data. Default: this one."}
     )

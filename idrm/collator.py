@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -23,10 +23,12 @@ class InteractionInputs:
     Packed order is pair after pair: chosen_0, rejected_0, chosen_1, ...
 
     Attributes:
-        teacher_input_ids, teacher_attention_mask, teacher_token_type_ids: (B, M) int64, chosen and rejected jointly.
+        teacher_input_ids, teacher_attention_mask, teacher_token_type_ids: (R, M) int64, chosen and rejected jointly; a
+            row a pair, or where a pair is read in windows a row for each.
         student_index: (total_tokens,) int64, row * N + position in the student's (2B, N) batch.
         teacher_index: (teacher_total_tokens,) int64, row * M + position in the teacher's batch.
-        teacher_positions: (teacher_total_tokens,) int32, positions in the joint input, specials counted, padding not.
+        teacher_positions: (teacher_total_tokens,) int32, positions in the joint input, specials counted, padding not;
+            of a pair read in windows, in the one input that would hold it whole.
         layout: segments, units and sizes of the batch.
         row_weights: (total_units,) float32, or None where all rows weigh 1.
     """
@@ -95,19 +97,26 @@ class PairCollator:
     def _interaction(self, pairs: Sequence[Mapping[str, Any]], width: int) -> InteractionInputs:
         """Packs the tokens that take part, of student sequences padded to ``width``."""
         teacher = self.teacher_tokenizer
-        teacher_ids, teacher_mask = _pad([pair["teacher_input_ids"] for pair in pairs], teacher.pad_token_id)
-        teacher_types, _ = _pad([pair["teacher_token_type_ids"] for pair in pairs], teacher.pad_token_type_id)
+        teacher_ids, teacher_mask = _pad(_windows(pairs, "teacher_input_ids"), teacher.pad_token_id)
+        teacher_types, _ = _pad(_windows(pairs, "teacher_token_type_ids"), teacher.pad_token_type_id)
         teacher_width = teacher_ids.shape[1]
+        first_row = 0
         student_index, teacher_index, teacher_positions = [], [], []
         student_units, teacher_units, row_weights = [], [], []
         seqlens, teacher_seqlens, unit_counts = [], [], []
         total_units = 0
         for example, pair in enumerate(pairs):
+            lengths = pair["teacher_window_lengths"]
+            # Where in the padded rows each token of the pair's windows stands.
+            padded = [
+                (first_row + row) * teacher_width + column for row, n in enumerate(lengths) for column in range(n)
+            ]
+            first_row += len(lengths)
             for segment in range(SEGMENTS):
                 row = segment * len(pairs) + example
                 positions, joint_positions = pair["student_positions"][segment], pair["teacher_positions"][segment]
                 student_index += [row * width + position for position in positions]
-                teacher_index += [example * teacher_width + position for position in joint_positions]
+                teacher_index += [padded[place] for place in pair["teacher_places"][segment]]
                 teacher_positions += joint_positions
                 student_units += [total_units + unit for unit in pair["student_units"][segment]]
                 teacher_units += [total_units + unit for unit in pair["teacher_units"][segment]]
@@ -135,6 +144,15 @@ class PairCollator:
             layout=layout,
             row_weights=torch.tensor(row_weights) if self.interaction_rows == "response" else None,
         )
+
+
+def _windows(pairs: Sequence[Mapping[str, Any]], column: str) -> list[list[int]]:
+    """The teacher's inputs of all pairs, window after window."""
+    windows = []
+    for pair in pairs:
+        ends = list(accumulate(pair["teacher_window_lengths"], initial=0))
+        windows += [pair[column][start:end] for start, end in pairwise(ends)]
+    return windows
 
 
 def _pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ def train(config: RunConfiguration) -> None:
     eval_sources = named_evaluation_sets(config.data.eval_dataset_name)
     _require_known_metric(args.metric_for_best_model, eval_sources, interaction is not None)
 
-    encoder = _pair_encoder(config, tokenizer, teacher, longest_input(student_config))
+    encoder = _pair_encoder(config, args, tokenizer, teacher, longest_input(student_config))
     train_set = _encoded_pairs(config, args, encoder, config.data.dataset_name, config.data.dataset_split)
     eval_sets = {
         name: _encoded_pairs(config, args, encoder, source, config.data.eval_dataset_split)
@@ -202,14 +202,26 @@ def _require_known_metric(metric: str | None, eval_sources: Iterable[str], with_
 
 
 def _pair_encoder(
-    config: RunConfiguration, tokenizer: PreTrainedTokenizerBase, teacher: Teacher | None, student_limit: int | None
+    config: RunConfiguration,
+    args: RewardTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher | None,
+    student_limit: int | None,
 ) -> PairEncoder:
     max_length = _length("max_length", config.data.max_length, student_limit, DEFAULT_MAX_LENGTH)
     if teacher is None:
         return PairEncoder(tokenizer, None, max_length=max_length, teacher_max_length=DEFAULT_TEACHER_MAX_LENGTH)
     default = teacher.max_length or DEFAULT_TEACHER_MAX_LENGTH
     teacher_max_length = _length("teacher_max_length", config.data.teacher_max_length, teacher.max_length, default)
-    return PairEncoder(tokenizer, teacher.tokenizer, max_length=max_length, teacher_max_length=teacher_max_length)
+    return PairEncoder(
+        tokenizer,
+        teacher.tokenizer,
+        max_length=max_length,
+        teacher_max_length=teacher_max_length,
+        teacher_segment_order=config.data.teacher_segment_order,
+        teacher_long_inputs=config.data.teacher_long_inputs,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
 
 
 def _length(flag: str, asked: int | None, limit: int | None, default: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -127,7 +127,9 @@ def attention_map_rows(
     num_head_groups: int = 1,
     teacher_side: bool = False,
 ) -> list[Tensor]:
-    """Rows of a merged, head-averaged map, for inspection and pictures; no gradient.
+    """Rows of a merged, head-averaged map, for inspection, pictures and StoredMaps; no gradient.
+
+    Consecutive rows of a segment are made together, in tiles, without a map of any head being held.
 
     Args:
         model: the student's attention, or with teacher_side the teacher's.
@@ -159,8 +161,19 @@ def attention_map_rows(
         side = side._replace(
             unit_offsets=problem.student.unit_offsets, device_unit_offsets=problem.student.device_unit_offsets
         )
+    starts_of_segments = {units.start for units in problem.segment_units}
     with torch.autocast(model.q.device.type, enabled=False):
-        return [chunked.map_row(problem, side, row) for row in rows]
+        runs = [chunked.map_rows(problem, side, run) for run in _consecutive(rows, starts_of_segments)]
+    return [row for run in runs for row in run]
+
+
+def _consecutive(rows: list[int], breaks: set[int]) -> Iterator[range]:
+    """The rows as runs of consecutive ones, a new run at every break."""
+    start = 0
+    for index in range(1, len(rows) + 1):
+        if index == len(rows) or rows[index] != rows[index - 1] + 1 or rows[index] in breaks:
+            yield range(rows[start], rows[index - 1] + 1)
+            start = index
 
 
 def available_implementations() -> tuple[str, ...]:

@@ -16,10 +16,12 @@ _FEATURES = Features(
         "rejected_input_ids": _TOKENS,
         "teacher_input_ids": _TOKENS,
         "teacher_token_type_ids": _TOKENS,
+        "teacher_window_lengths": _TOKENS,
         "student_positions": [_TOKENS],
         "student_units": [_TOKENS],
         "teacher_positions": [_TOKENS],
         "teacher_units": [_TOKENS],
+        "teacher_places": [_TOKENS],
         "num_units": _TOKENS,
         "response_units": _TOKENS,
         "dropped_student_tokens": Value("int32"),
@@ -58,6 +60,7 @@ class AlignmentReport:
         refusal: what the chat template said when it first refused a pair; empty if it never did.
         unaligned: kept pairs without units: they train the preference loss only.
         cut_student, cut_teacher: kept pairs that were cut for that model.
+        read_in_windows: kept pairs that the teacher reads in several inputs.
         units, one_to_one_units: units of the kept pairs' whole texts, and those that are one token on either side.
         student_tokens, teacher_tokens: their content tokens; dropped_*: those of them in no unit.
         longest_student_unit, longest_teacher_unit: the most tokens in one unit.
@@ -70,6 +73,7 @@ class AlignmentReport:
     unaligned: int = 0
     cut_student: int = 0
     cut_teacher: int = 0
+    read_in_windows: int = 0
     units: int = 0
     one_to_one_units: int = 0
     student_tokens: int = 0
@@ -89,6 +93,7 @@ class AlignmentReport:
         if self.units or self.unaligned:
             parts += [
                 f"cut for the teacher: {_share(self.cut_teacher, self.kept)}",
+                *([f"read in windows: {_share(self.read_in_windows, self.kept)}"] if self.read_in_windows else ()),
                 f"unaligned: {self.unaligned:,}",
                 f"units of one token to one: {_share(self.one_to_one_units, self.units)}",
                 f"longest units: {self.longest_student_unit} student and {self.longest_teacher_unit} teacher tokens",
@@ -154,6 +159,7 @@ def encode_preferences(
         kept=len(encoded),
         dropped=dropped,
         refusal=next((refusal for refusal in refusals if refusal), ""),
+        read_in_windows=sum(len(lengths) > 1 for lengths in encoded["teacher_window_lengths"][:]),
         student_tokens=sum(encoded["student_content_tokens"][:]),
         teacher_tokens=sum(encoded["teacher_content_tokens"][:]),
         longest_student_unit=max(encoded["longest_student_unit"][:], default=0),

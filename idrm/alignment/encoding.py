@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,7 @@ from idrm.alignment.cutting import cut_each, cut_together, lengths_within, remai
 from idrm.alignment.rendering import ChatRenderer, Message, TemplateRefusal, Text, canonical_text, plain_text
 from idrm.alignment.tokenization import JointTemplate, Tokens, tokenize
 from idrm.alignment.units import NO_UNIT, Units, find_units
+from idrm.alignment.windows import divide_into_windows
 from idrm.errors import InputError
 
 MIN_LENGTH = 8
@@ -52,15 +53,29 @@ class _StudentInput:
 
 @dataclass(frozen=True)
 class _TeacherInput:
-    """The joint input cut to fit: ids and types, where in it each uncut segment would start, units that were cut."""
+    """What the teacher reads of a pair: one joint input, cut to fit, or the windows of one that is left whole.
+
+    Attributes:
+        ids, token_types: of the joint input, or of all windows one after the other.
+        window_lengths: their lengths; one where there are no windows.
+        origins: the position in the joint input at which each segment, uncut, would start.
+        places: per segment, for each token that is read, its index into ``ids``.
+        lost_tokens: per segment the first tokens, which are not read. lost_units: the units they were.
+    """
 
     ids: list[int]
     token_types: list[int]
+    window_lengths: list[int]
     origins: list[int]
+    places: list[list[int]]
+    lost_tokens: list[int]
     lost_units: tuple[int, int]
 
     def position(self, segment: int, token: int) -> int:
         return token + self.origins[segment]
+
+    def place(self, segment: int, token: int) -> int:
+        return self.places[segment][token - self.lost_tokens[segment]]
 
 
 class PairEncoder:
@@ -72,7 +87,8 @@ class PairEncoder:
 
     Inputs that are too long lose whole units from the left of the prompt, the response last; a leading BOS stays. The
     student's cut follows from `max_length` alone and the teacher's from `teacher_max_length` alone; units that either
-    cannot read are in neither map. Nothing is tokenised again after cutting.
+    cannot read are in neither map. Nothing is tokenised again after cutting. With `teacher_long_inputs` "windows" the
+    teacher loses nothing: what is too long for it is read in several inputs (`windows.divide_into_windows`).
     """
 
     def __init__(
@@ -82,6 +98,9 @@ class PairEncoder:
         *,
         max_length: int,
         teacher_max_length: int,
+        teacher_segment_order: Literal["chosen_first", "random"] = "chosen_first",
+        teacher_long_inputs: Literal["cut", "windows"] = "cut",
+        seed: int = 0,
     ) -> None:
         """
         Args:
@@ -89,6 +108,9 @@ class PairEncoder:
             teacher_tokenizer: a fast tokenizer, or None if nothing is distilled.
             max_length: the most tokens of one student sequence, special tokens included.
             teacher_max_length: the most tokens of the teacher's joint input, special tokens included.
+            teacher_segment_order: which segment the teacher reads first: "random" decides it for every pair by a hash
+                of its texts and `seed`, so that a pair's order is the same in every epoch, process and run.
+            teacher_long_inputs: "cut", or "windows" to read long pairs whole in several inputs.
 
         Raises:
             InputError: a slow tokenizer (it gives no offsets), one without a template for pairs, or a length under 8.
@@ -106,6 +128,9 @@ class PairEncoder:
         self.teacher_tokenizer = teacher_tokenizer
         self.max_length = max_length
         self.teacher_max_length = teacher_max_length
+        self.teacher_segment_order = teacher_segment_order
+        self.teacher_long_inputs = teacher_long_inputs
+        self.seed = seed
         self._chat = ChatRenderer(student_tokenizer) if student_tokenizer.chat_template else None
         self._joint = JointTemplate.of(teacher_tokenizer) if teacher_tokenizer is not None else None
 
@@ -114,10 +139,15 @@ class PairEncoder:
 
         Returns a dict of lists and scalars; "per segment" means [chosen, rejected]:
             chosen_input_ids, rejected_input_ids: the student's inputs.
-            teacher_input_ids, teacher_token_type_ids: the teacher's joint input; empty without a teacher.
+            teacher_input_ids, teacher_token_type_ids: the teacher's joint input, or its windows one after the other;
+                empty without a teacher.
+            teacher_window_lengths: the tokens of each of them; one number where there are no windows.
             student_positions: per segment the positions, in its own input, of the tokens that take part.
             student_units: per segment the unit of each of them, from 0 in each segment, non-decreasing.
-            teacher_positions, teacher_units: the same for the teacher, positions in the joint input.
+            teacher_positions, teacher_units: the same for the teacher; positions in the joint input, which under
+                "windows" is one that holds both segments whole.
+            teacher_places: per segment where in teacher_input_ids each of these tokens is read: its position, but
+                under "windows".
             num_units: per segment. response_units: per segment how many of them, the last ones, lie in the response.
             dropped_student_tokens, dropped_teacher_tokens: content tokens in no unit, before any cutting.
             cut_student, cut_teacher: whether that model's input lost tokens.
@@ -157,12 +187,12 @@ class PairEncoder:
         if not teacher:
             return encoded
         teacher_division = _Division.of(units, prompt_ends, same_prompt) if unaligned else division
-        teacher_input = self._cut_teacher(teacher, teacher_division)
-        whole_length = self._joint.num_special_tokens + sum(len(tokens.ids) for tokens in teacher)
+        teacher_input = self._read_by_teacher(teacher, teacher_division, self._rejected_first(segments))
         encoded |= {
             "teacher_input_ids": teacher_input.ids,
             "teacher_token_type_ids": teacher_input.token_types,
-            "cut_teacher": len(teacher_input.ids) < whole_length,
+            "teacher_window_lengths": teacher_input.window_lengths,
+            "cut_teacher": any(teacher_input.lost_tokens),
         }
         if not unaligned:
             encoded |= _correspondence(division, student_input, teacher_input) | _statistics(units, student, teacher)
@@ -171,7 +201,8 @@ class PairEncoder:
     @property
     def fingerprint(self) -> str:
         """A digest of all that decides what comes out: tokenizers, template, lengths and this code."""
-        digest = sha256(f"{self.max_length} {self.teacher_max_length}".encode())
+        settings = (self.max_length, self.teacher_max_length, self.teacher_segment_order, self.teacher_long_inputs)
+        digest = sha256(repr((*settings, self.seed)).encode())
         for tokenizer in (self.student_tokenizer, self.teacher_tokenizer):
             if tokenizer is not None:
                 digest.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -213,16 +244,43 @@ class PairEncoder:
             lost_tokens.append(start - leading)
         return _StudentInput(ids, leading, lost_tokens, lost_units)
 
-    def _cut_teacher(self, segments: Sequence[Tokens], division: _Division) -> _TeacherInput:
+    def _rejected_first(self, segments: Sequence[Sequence[Message]]) -> bool:
+        if self.teacher_segment_order == "chosen_first":
+            return False
+        digest = sha256(str(self.seed).encode())
+        for messages in segments:
+            digest.update(b"\0" + canonical_text(messages).text.encode(errors="surrogatepass"))
+        return digest.digest()[0] % 2 == 1
+
+    def _read_by_teacher(self, segments: Sequence[Tokens], division: _Division, rejected_first: bool) -> _TeacherInput:
+        """The input of the segments [chosen, rejected], which the teacher may read in the other order."""
         limit = self.teacher_max_length - self._joint.num_special_tokens
-        remaining = [remaining_tokens(units.teacher, len(units)) for units in division.units]
-        lost_units = cut_together(remaining, division.prompt_units, division.shared, limit)
-        lengths = lengths_within([left[units] for left, units in zip(remaining, lost_units, strict=True)], limit)
+        if self.teacher_long_inputs == "windows":
+            lost_units = (0, 0)
+            lengths = (len(segments[0].ids), len(segments[1].ids))
+        else:
+            remaining = [remaining_tokens(units.teacher, len(units)) for units in division.units]
+            lost_units = cut_together(remaining, division.prompt_units, division.shared, limit)
+            lengths = lengths_within([left[units] for left, units in zip(remaining, lost_units, strict=True)], limit)
         lost_tokens = [len(tokens.ids) - length for tokens, length in zip(segments, lengths, strict=True)]
-        chosen, rejected = (tokens.ids[lost:] for tokens, lost in zip(segments, lost_tokens, strict=True))
-        ids, token_types, starts = self._joint.join(chosen, rejected)
-        origins = [start - lost for start, lost in zip(starts, lost_tokens, strict=True)]
-        return _TeacherInput(ids, token_types, origins, lost_units)
+        texts = [tokens.ids[lost:] for tokens, lost in zip(segments, lost_tokens, strict=True)]
+
+        ids, token_types, window_lengths, window_starts = [], [], [], []
+        divided = divide_into_windows(lengths, limit)
+        for window in range(len(divided[0].starts)):
+            stretches = [text[part.stretch(window)] for text, part in zip(texts, divided, strict=True)]
+            joined, types, starts = self._joint.join(*stretches, rejected_first=rejected_first)
+            window_starts.append([len(ids) + start for start in starts])
+            ids += joined
+            token_types += types
+            window_lengths.append(len(joined))
+        places = [
+            [window_starts[window][segment] + token - part.starts[window] for token, window in enumerate(part.owners())]
+            for segment, part in enumerate(divided)
+        ]
+        _, _, whole_starts = self._joint.join(*texts, rejected_first=rejected_first)
+        origins = [start - lost for start, lost in zip(whole_starts, lost_tokens, strict=True)]
+        return _TeacherInput(ids, token_types, window_lengths, origins, places, lost_tokens, lost_units)
 
 
 def _length_without_spaces(messages: Sequence[Message]) -> int:
@@ -245,6 +303,7 @@ def _correspondence(division: _Division, student: _StudentInput, teacher: _Teach
         "student_units": [],
         "teacher_positions": [],
         "teacher_units": [],
+        "teacher_places": [],
         "num_units": [],
         "response_units": [],
     }
@@ -257,6 +316,8 @@ def _correspondence(division: _Division, student: _StudentInput, teacher: _Teach
             kept = [token for token, unit in enumerate(unit_of_token) if unit >= first]
             columns[f"{whose}_positions"].append([model_input.position(segment, token) for token in kept])
             columns[f"{whose}_units"].append([unit_of_token[token] - first for token in kept])
+            if model_input is teacher:
+                columns["teacher_places"].append([teacher.place(segment, token) for token in kept])
         columns["num_units"].append(len(units) - first)
         columns["response_units"].append(len(units) - max(first, prompt_units))
     return columns
@@ -287,10 +348,12 @@ def _blank(margin: float | None) -> dict[str, Any]:
         "rejected_input_ids": [],
         "teacher_input_ids": [],
         "teacher_token_type_ids": [],
+        "teacher_window_lengths": [],
         "student_positions": [[], []],
         "student_units": [[], []],
         "teacher_positions": [[], []],
         "teacher_units": [[], []],
+        "teacher_places": [[], []],
         "num_units": [0, 0],
         "response_units": [0, 0],
         "dropped_student_tokens": 0,

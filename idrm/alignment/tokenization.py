@@ -82,15 +82,13 @@ class JointTemplate:
     def num_special_tokens(self) -> int:
         return len(self.before) + len(self.between) + len(self.after)
 
-    def join(self, chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """(ids, token types, position of each segment's first token)."""
-        before, in_chosen, between, in_rejected, after = self.token_types
-        types = [
-            *before,
-            *(in_chosen[:1] * len(chosen)),
-            *between,
-            *(in_rejected[:1] * len(rejected)),
-            *after,
-        ]
-        starts = [len(self.before), len(self.before) + len(chosen) + len(self.between)]
-        return [*self.before, *chosen, *self.between, *rejected, *self.after], types, starts
+    def join(
+        self, chosen: list[int], rejected: list[int], *, rejected_first: bool = False
+    ) -> tuple[list[int], list[int], list[int]]:
+        """(ids, token types, position of the first token of chosen and of rejected), in the order asked for."""
+        first, second = (rejected, chosen) if rejected_first else (chosen, rejected)
+        before, in_first, between, in_second, after = self.token_types
+        types = [*before, *(in_first[:1] * len(first)), *between, *(in_second[:1] * len(second)), *after]
+        starts = [len(self.before), len(self.before) + len(first) + len(self.between)]
+        ids = [*self.before, *first, *self.between, *second, *self.after]
+        return ids, types, starts[::-1] if rejected_first else starts

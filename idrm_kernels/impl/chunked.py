@@ -496,12 +496,11 @@ def sweep(block: Block, options: LossOptions, weights: Tensor, gradients: Exampl
     return losses
 
 
-def map_row(problem: MapProblem, side: Attention, row: int) -> Tensor:
-    """One unit row of one side's U against all units of its example (num_head_groups, units)."""
-    segment = next(index for index, units in enumerate(problem.segment_units) if row in units)
+def map_rows(problem: MapProblem, side: Attention, rows: range) -> Tensor:
+    """Unit rows of one segment of one side's U against all units of their example (rows, num_head_groups, units)."""
+    segment = next(index for index, units in enumerate(problem.segment_units) if rows.start in units)
     example = segment // problem.segments
     groups = [
-        GroupAttention(problem, side, example, group).merged_rows(range(row, row + 1))[0]
-        for group in range(problem.num_head_groups)
+        GroupAttention(problem, side, example, group).merged_rows(rows) for group in range(problem.num_head_groups)
     ]
-    return torch.stack(groups)
+    return torch.stack(groups, dim=1)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from idrm_kernels import attention_map_rows
+from idrm_kernels import StoredMaps, attention_map_loss, attention_map_rows
 from idrm_kernels.testing.cases import Case, make_problem
 from idrm_kernels.testing.oracle import example_units, unit_map
 
@@ -33,6 +33,30 @@ def test_rows_equal_the_oracle(normalization, teacher_side):
         expected = [unit_map(model, units, supports, range(g * heads, (g + 1) * heads))[row - first] for g in range(2)]
         torch.testing.assert_close(own, torch.stack(expected), rtol=1e-9, atol=1e-12)
         assert own.sum(-1) == pytest.approx([float(len(supports))] * 2)
+
+
+@pytest.mark.parametrize("normalization", ["block", "joint"])
+def test_consecutive_rows_are_those_asked_for_one_by_one(normalization):
+    """Across segments, an empty one too, and examples; of all rows, StoredMaps give the loss of the teacher itself."""
+    problem = make_problem(Case(lengths=((70, 5), (0, 4), (3, 3)), merged=True, bias="both", dtype=torch.float64))
+    layout, options = problem.layout, {"normalization": normalization, "teacher_side": True}
+    rows = [*range(layout.total_units), 4, 5, 3]
+    together = attention_map_rows(problem.teacher, layout, rows, **options)
+    assert len(together) == len(rows)
+    for row, own in zip(rows, together, strict=True):
+        (alone,) = attention_map_rows(problem.teacher, layout, [row], **options)
+        torch.testing.assert_close(own, alone, rtol=1e-12, atol=1e-15)
+    maps = problem.teacher.q.new_zeros(layout.num_examples, 1, layout.max_units, layout.max_units)
+    first = 0
+    for example in range(layout.num_examples):
+        units = together[first].shape[-1]
+        maps[example, 0, :units, :units] = torch.cat(together[first : first + units])
+        first += units
+    losses = [
+        attention_map_loss(problem.student, teacher, layout, normalization=normalization).loss.item()
+        for teacher in (problem.teacher, StoredMaps(maps.float()))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_rows_carry_no_gradient():

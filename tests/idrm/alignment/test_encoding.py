@@ -35,13 +35,19 @@ DIALOGUE = convert_record(
 @pytest.fixture(scope="session")
 def encoder_of(tokenizer_of):
     def encoder(
-        student="byte-level", teacher="wordpiece", template=None, max_length=NO_LIMIT, teacher_max_length=NO_LIMIT
+        student="byte-level",
+        teacher="wordpiece",
+        template=None,
+        max_length=NO_LIMIT,
+        teacher_max_length=NO_LIMIT,
+        **settings,
     ):
         return PairEncoder(
             tokenizer_of(student, template),
             tokenizer_of(teacher) if teacher else None,
             max_length=max_length,
             teacher_max_length=teacher_max_length,
+            **settings,
         )
 
     return encoder
@@ -68,6 +74,8 @@ def _check(encoded, encoder):
             assert sorted(set(units)) == list(range(encoded["num_units"][segment]))
         assert 0 <= encoded["response_units"][segment] <= encoded["num_units"][segment]
     chosen, rejected = encoded["teacher_positions"]
+    assert encoded["teacher_places"] == [chosen, rejected]
+    assert encoded["teacher_window_lengths"] == [len(teacher)]
     assert not chosen or not rejected or chosen[-1] < rejected[0]
 
 
@@ -202,6 +210,60 @@ def test_a_model_only_loses_what_it_cannot_itself_read(encoder_of):
     assert cut_student["teacher_input_ids"] == whole["teacher_input_ids"]
     assert cut_teacher["num_units"] < whole["num_units"]
     assert cut_student["num_units"] < whole["num_units"]
+
+
+def test_a_segment_read_second_is_found_there(encoder_of):
+    """The order is drawn from texts and seed: the same at every call, each way for about half of the pairs."""
+    pairs = [_pair(f" the answer {index}", f" fine {index}") for index in range(40)]
+    first = encoder_of()
+    drawn = encoder_of(teacher_segment_order="random", seed=1)
+    orders = []
+    for pair in pairs:
+        chosen_first, encoded = first(pair), drawn(pair)
+        assert encoded == drawn(pair)
+        texts = [message_list[-1]["content"] for message_list in (pair["chosen"], pair["rejected"])]
+        prompt = pair["chosen"][0]["content"]
+        joint = [f"{prompt}\n{text}" for text in texts]
+        rejected_first = encoded["teacher_positions"][0][0] > encoded["teacher_positions"][1][0]
+        expected = encoder_of().teacher_tokenizer(*(joint[::-1] if rejected_first else joint))
+        assert encoded["teacher_input_ids"] == expected["input_ids"]
+        assert encoded["teacher_token_type_ids"] == expected["token_type_ids"]
+        for segment in (0, 1):
+            read = [
+                [of["teacher_input_ids"][at] for at in of["teacher_places"][segment]] for of in (chosen_first, encoded)
+            ]
+            assert read[0] == read[1]
+        unchanged = {"teacher_input_ids", "teacher_token_type_ids", "teacher_positions", "teacher_places"}
+        assert all(encoded[name] == chosen_first[name] for name in encoded.keys() - unchanged)
+        orders.append(rejected_first)
+    assert 10 < sum(orders) < 30
+    other_seed = encoder_of(teacher_segment_order="random", seed=2)
+    assert any(other_seed(pair)["teacher_input_ids"] != drawn(pair)["teacher_input_ids"] for pair in pairs)
+
+
+@pytest.mark.parametrize("order", ["chosen_first", "random"])
+@pytest.mark.parametrize("limit", [12, 17, 30])
+def test_windows_hold_every_token_in_context(limit, order, encoder_of):
+    """Read in windows, a pair loses nothing: each token's place shows its id, in an input no longer than allowed."""
+    settings = {"teacher_segment_order": order, "seed": 3}
+    whole = encoder_of(**settings)(LONG)
+    encoded = encoder_of(teacher_max_length=limit, teacher_long_inputs="windows", **settings)(LONG)
+    lengths = encoded["teacher_window_lengths"]
+    assert len(lengths) > 1
+    assert max(lengths) <= limit
+    assert sum(lengths) == len(encoded["teacher_input_ids"]) == len(encoded["teacher_token_type_ids"])
+    assert not encoded["cut_teacher"]
+    same = encoded.keys() - {"teacher_input_ids", "teacher_token_type_ids", "teacher_window_lengths", "teacher_places"}
+    assert all(encoded[name] == whole[name] for name in same)
+    starts = [sum(lengths[:window]) for window in range(len(lengths))]
+    special = whole["teacher_input_ids"][0]
+    assert all(encoded["teacher_input_ids"][start] == special for start in starts)
+    for segment in (0, 1):
+        places, positions = encoded["teacher_places"][segment], encoded["teacher_positions"][segment]
+        assert len(set(places)) == len(places)
+        for place, position in zip(places, positions, strict=True):
+            assert encoded["teacher_input_ids"][place] == whole["teacher_input_ids"][position]
+            assert encoded["teacher_token_type_ids"][place] == whole["teacher_token_type_ids"][position]
 
 
 def test_the_header_of_the_response_outlives_the_prompt(encoder_of):
