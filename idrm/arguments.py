@@ -54,6 +54,20 @@ class ModelArguments:
     teacher_dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="auto", metadata={"help": "Dtype of the frozen teacher ('auto': as saved)."}
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the teacher's attention of every pair (bfloat16), so that later epochs and runs "
+            "need no teacher forward. May be shared; how much it takes is said before training."
+        },
+    )
+    teacher_cache_max_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most gigabytes (10^9 bytes) that the entries in --teacher_cache may take; for pairs beyond it the "
+            "teacher runs in every epoch. Default: no limit but the disk's."
+        },
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "The student's attention: eager, sdpa or flash_attention_2. Default: transformers' choice."},
@@ -416,6 +430,7 @@ def _check(
         ("top_blocks", interaction.top_blocks, 1),
         ("max_length", data.max_length, 8),
         ("teacher_max_length", data.teacher_max_length, 8),
+        ("teacher_cache_max_gb", model.teacher_cache_max_gb, 0.0),
         ("dataset_num_proc", data.dataset_num_proc, 1),
         ("per_device_train_batch_size", values["per_device_train_batch_size"], 1),
         ("per_device_eval_batch_size", values["per_device_eval_batch_size"], 1),
@@ -443,6 +458,10 @@ def _check(
     trains = model.model_name_or_path is not None
     if trains and interaction.alpha > 0 and model.teacher_name_or_path is None:
         raise InputError(f"--alpha {interaction.alpha:g} needs a teacher: give --teacher_name_or_path, or --alpha 0")
+    if model.teacher_cache is not None and interaction.alpha == 0:
+        raise InputError("--teacher_cache: --alpha 0 has no teacher; leave it out")
+    if model.teacher_cache_max_gb is not None and model.teacher_cache is None:
+        raise InputError(f"--teacher_cache_max_gb {model.teacher_cache_max_gb:g}: caps no cache; give --teacher_cache")
     if trains and data.eval_dataset_name is None and values["eval_strategy"] != "no":
         raise InputError(
             f"--eval_strategy {values['eval_strategy']} needs pairs to evaluate on: give --eval_dataset_name"
@@ -455,7 +474,7 @@ def _check_embedded(model: ModelArguments, data: DataArguments, embedded: Embedd
     if embedded.embedded_seeds < 1:
         raise InputError(f"--embedded_seeds: expected at least 1, got {embedded.embedded_seeds}")
     if model.model_name_or_path is None and data.dataset_name is None:
-        misplaced = {"teacher_name_or_path", "eval_dataset_name"} & given.keys()
+        misplaced = {"teacher_name_or_path", "teacher_cache", "eval_dataset_name"} & given.keys()
         reason = "needs a model and data: give --model_name_or_path and --dataset_name"
     else:
         misplaced = {"embedded_seeds", "embedded_control"} & given.keys()

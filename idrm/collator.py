@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from idrm.teacher_cache.cache import CachedAttention, TeacherCache
 from idrm_kernels import MapLayout
 
 SEGMENTS = 2  # chosen and rejected
@@ -31,6 +32,8 @@ class InteractionInputs:
             of a pair read in windows, in the one input that would hold it whole.
         layout: segments, units and sizes of the batch.
         row_weights: (total_units,) float32, or None where all rows weigh 1.
+        teacher_span: the teacher's positions lie below it.
+        cached: with a teacher cache, what it holds of these pairs; None without one.
     """
 
     teacher_input_ids: Tensor
@@ -41,19 +44,24 @@ class InteractionInputs:
     teacher_positions: Tensor
     layout: MapLayout
     row_weights: Tensor | None
+    teacher_span: int
+    cached: CachedAttention | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> InteractionInputs:
         """The same inputs on another device."""
-        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return InteractionInputs(
-            **{name: None if value is None else value.to(device, non_blocking=non_blocking) for name, value in values}
+        return self._changed(
+            lambda value: value.to(device, non_blocking=non_blocking), (Tensor, MapLayout, CachedAttention)
         )
 
     def pin_memory(self) -> InteractionInputs:
         """The same inputs in page-locked memory; the layout, a few tensors of tokens, stays where it is."""
-        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return self._changed(lambda value: value.pin_memory(), (Tensor, CachedAttention))
+
+    def _changed(self, change: Callable[[Any], Any], kinds: tuple[type, ...]) -> InteractionInputs:
+        """The same with the fields of these kinds changed."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return InteractionInputs(
-            **{name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in values}
+            **{name: change(value) if isinstance(value, kinds) else value for name, value in values.items()}
         )
 
 
@@ -67,6 +75,7 @@ class PairCollator:
         tokenizer: the student's, with a pad token.
         teacher_tokenizer: None for Bradley-Terry alone.
         interaction_rows: "all", or "response" to weigh the prompt's rows 0.
+        cache: looked up for every pair, for a ``CachedTeacher``.
 
     Returns:
         ``input_ids`` and ``attention_mask`` (2B, N) int64, rows 0..B-1 chosen and B..2B-1 rejected; ``margin`` (B,)
@@ -78,10 +87,12 @@ class PairCollator:
         tokenizer: PreTrainedTokenizerBase,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         interaction_rows: Literal["all", "response"] = "all",
+        cache: TeacherCache | None = None,
     ):
         self.tokenizer = tokenizer
         self.teacher_tokenizer = teacher_tokenizer
         self.interaction_rows = interaction_rows
+        self.cache = cache
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         sequences = [pair["chosen_input_ids"] for pair in pairs] + [pair["rejected_input_ids"] for pair in pairs]
@@ -91,7 +102,13 @@ class PairCollator:
         if any(margin is not None for margin in margins):
             batch["margin"] = torch.tensor([margin or 0.0 for margin in margins], dtype=torch.float32)
         if self.teacher_tokenizer is not None:
-            batch["interaction"] = self._interaction(pairs, input_ids.shape[1])
+            inputs = self._interaction(pairs, input_ids.shape[1])
+            if self.cache is not None:
+                cached = self.cache.batch(
+                    pairs, inputs.layout.max_units, lambda missing: self._interaction(missing, input_ids.shape[1])
+                )
+                inputs = dataclasses.replace(inputs, cached=cached)
+            batch["interaction"] = inputs
         return batch
 
     def _interaction(self, pairs: Sequence[Mapping[str, Any]], width: int) -> InteractionInputs:
@@ -143,6 +160,7 @@ class PairCollator:
             teacher_positions=torch.tensor(teacher_positions, dtype=torch.int32),
             layout=layout,
             row_weights=torch.tensor(row_weights) if self.interaction_rows == "response" else None,
+            teacher_span=1 + max(teacher_positions, default=0),
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,42 +13,35 @@ from idrm.capture.student import CapturedBlock
 from idrm.capture.teacher import Teacher
 from idrm.collator import InteractionInputs
 from idrm.errors import InputError
-from idrm_kernels import MapLayout, MapLoss, PackedAttention, attention_map_distance, attention_map_loss
+from idrm.side_stream import SideStream
+from idrm.teacher_cache import CachedTeacher
+from idrm_kernels import MapLayout, MapLoss, PackedAttention, StoredMaps, attention_map_distance, attention_map_loss
 from idrm_kernels.reduction import example_losses
+
+TeacherAttention: TypeAlias = PackedAttention | StoredMaps
 
 
 class InteractionLoss:
     """Compares supervised student blocks with the teacher's, as the arguments say (DESIGN section 2).
 
     Args:
-        teacher: frozen; its blocks are paired in order with ``student_layers``.
+        teacher: frozen, perhaps behind a cache; its blocks are paired in order with ``student_layers``.
         student_layers: the supervised blocks of the student, non-negative.
         arguments: weights, reduction, metric, normalisation, head groups and kernel.
     """
 
-    def __init__(self, teacher: Teacher, student_layers: Sequence[int], arguments: InteractionArguments):
+    def __init__(
+        self, teacher: Teacher | CachedTeacher, student_layers: Sequence[int], arguments: InteractionArguments
+    ):
         self.teacher = teacher
         self.student_layers = tuple(student_layers)
         self.weights = {"intra_weight": arguments.intra_weight, "inter_weight": arguments.inter_weight}
         self.reduction = arguments.reduction
-        self.distance = {
-            "metric": arguments.metric,
-            "normalization": arguments.normalization,
-            "num_head_groups": arguments.num_head_groups,
-            "impl": arguments.kernel_impl,
-        }
-
-    def require_runnable(self, device: torch.device) -> None:
-        """Raises InputError if the kernel that was asked for cannot run on this device."""
-        token = torch.zeros(2, self.distance["num_head_groups"], 16, device=device)
-        attention = PackedAttention(q=token, k=token)
-        try:
-            attention_map_distance(attention, attention, MapLayout.build([0, 1, 2], device=device), **self.distance)
-        except ValueError as error:
-            raise InputError(f"--kernel_impl {self.distance['impl']}: {error}") from error
+        self.distance = _distance_arguments(arguments)
+        self._side_stream = SideStream()
 
     def batch_loss(
-        self, student: Sequence[PackedAttention], teacher: Sequence[PackedAttention], inputs: InteractionInputs
+        self, student: Sequence[PackedAttention], teacher: Sequence[TeacherAttention], inputs: InteractionInputs
     ) -> MapLoss:
         """Mean over the block pairs: float32 scalars loss (differentiable), intra and inter (detached, unweighted)."""
         losses = [
@@ -66,7 +60,7 @@ class InteractionLoss:
 
     @torch.no_grad()
     def pair_losses(
-        self, student: Sequence[PackedAttention], teacher: Sequence[PackedAttention], inputs: InteractionInputs
+        self, student: Sequence[PackedAttention], teacher: Sequence[TeacherAttention], inputs: InteractionInputs
     ) -> MapLoss:
         """The same for each pair of the batch: float32 tensors (B,) whose means are those of ``batch_loss``."""
         intra, inter = [], []
@@ -93,9 +87,14 @@ class InteractionLoss:
             for layer in self.student_layers
         ]
 
-    def teacher_attention(self, inputs: InteractionInputs) -> list[PackedAttention]:
+    def begin_teacher(self, inputs: InteractionInputs) -> Callable[[], list[TeacherAttention]]:
+        """Starts the teacher on these pairs, on a stream of its own; the function returned gives its blocks."""
+        device = inputs.teacher_input_ids.device
+        return self._side_stream.start(device, lambda: self.teacher.attention(inputs))
+
+    def teacher_attention(self, inputs: InteractionInputs) -> list[TeacherAttention]:
         """The teacher's blocks for the same pairs."""
-        return self.teacher.attention(inputs)
+        return self.begin_teacher(inputs)()
 
     def uniform_attention(self, student: Sequence[PackedAttention]) -> list[PackedAttention]:
         """A student that attends to all tokens alike, of the same size: what interaction_ratio measures against."""
@@ -103,6 +102,26 @@ class InteractionLoss:
             block.q.new_zeros(len(block.q), self.distance["num_head_groups"], block.q.shape[-1]) for block in student
         ]
         return [PackedAttention(q=zero, k=zero) for zero in zeros]
+
+
+def require_runnable_kernel(arguments: InteractionArguments, device: torch.device) -> None:
+    """Raises InputError if the kernel that was asked for cannot run on this device."""
+    token = torch.zeros(2, arguments.num_head_groups, 16, device=device)
+    attention = PackedAttention(q=token, k=token)
+    layout = MapLayout.build([0, 1, 2], device=device)
+    try:
+        attention_map_distance(attention, attention, layout, **_distance_arguments(arguments))
+    except ValueError as error:
+        raise InputError(f"--kernel_impl {arguments.kernel_impl}: {error}") from error
+
+
+def _distance_arguments(arguments: InteractionArguments) -> dict[str, Any]:
+    return {
+        "metric": arguments.metric,
+        "normalization": arguments.normalization,
+        "num_head_groups": arguments.num_head_groups,
+        "impl": arguments.kernel_impl,
+    }
 
 
 def _gather(heads: Tensor, index: Tensor) -> Tensor:

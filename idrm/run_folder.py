@@ -18,7 +18,10 @@ from idrm.errors import InputError
 logger = logging.getLogger(__name__)
 
 # Own arguments that a resumed run may change: none of them changes the weights that come out.
-_FREE_TO_CHANGE = ("eval_dataset_name", "eval_dataset_split", "kernel_impl", "dataset_num_proc")
+_FREE_TO_CHANGE = (
+    *("eval_dataset_name", "eval_dataset_split", "kernel_impl", "dataset_num_proc"),
+    "teacher_cache_max_gb",
+)
 
 
 def resume_checkpoint(config: RunConfiguration) -> Path | None:

@@ -37,11 +37,12 @@ from idrm.arguments import (
 from idrm.capture import Teacher, resolve_layers
 from idrm.collator import PairCollator
 from idrm.errors import InputError
-from idrm.interaction import InteractionLoss
+from idrm.interaction import InteractionLoss, require_runnable_kernel
 from idrm.metrics import INTERACTION_METRICS, PREFERENCE_METRICS
 from idrm.models import load_student, load_student_config, load_student_tokenizer, longest_input, torch_dtype
 from idrm.preference import load_preferences
 from idrm.run_folder import resume_checkpoint, write_run_file
+from idrm.teacher_cache import CachedTeacher, ReleaseTeacher, TeacherCache
 from idrm.trainer import RewardTrainer
 
 logger = logging.getLogger("idrm.train")
@@ -98,15 +99,14 @@ def train(config: RunConfiguration) -> None:
     set_seed(args.seed)
 
     teacher = _load_teacher(config, args) if config.interaction.alpha > 0 else None
-    interaction = None
+    student_layers: tuple[int, ...] = ()
     if teacher is not None:
         student_layers, _ = paired_layers(config.interaction)
         student_layers = resolve_layers(student_layers, student_config.get_text_config().num_hidden_layers, "student")
         _require_whole_head_groups(config, student_config.get_text_config().num_attention_heads, teacher.num_heads)
-        interaction = InteractionLoss(teacher, student_layers, config.interaction)
-        interaction.require_runnable(args.device)
+        require_runnable_kernel(config.interaction, args.device)
     eval_sources = named_evaluation_sets(config.data.eval_dataset_name)
-    _require_known_metric(args.metric_for_best_model, eval_sources, interaction is not None)
+    _require_known_metric(args.metric_for_best_model, eval_sources, teacher is not None)
 
     encoder = _pair_encoder(config, args, tokenizer, teacher, longest_input(student_config))
     train_set = _encoded_pairs(config, args, encoder, config.data.dataset_name, config.data.dataset_split)
@@ -114,6 +114,13 @@ def train(config: RunConfiguration) -> None:
         name: _encoded_pairs(config, args, encoder, source, config.data.eval_dataset_split)
         for name, source in eval_sources.items()
     }
+    cache = _open_cache(config, teacher, [train_set, *eval_sets.values()])
+    interaction = None
+    if cache is not None:
+        cached_teacher = CachedTeacher(teacher, cache)
+        interaction = InteractionLoss(cached_teacher, student_layers, config.interaction)
+    elif teacher is not None:
+        interaction = InteractionLoss(teacher.to(args.device), student_layers, config.interaction)
 
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train_set) < batch:
@@ -122,13 +129,15 @@ def train(config: RunConfiguration) -> None:
     trainer = RewardTrainer(
         load_student(config.model, student_config, tokenizer),
         args,
-        PairCollator(tokenizer, teacher and teacher.tokenizer, config.interaction.interaction_rows),
+        PairCollator(tokenizer, teacher and teacher.tokenizer, config.interaction.interaction_rows, cache),
         train_set,
         eval_sets.get("", eval_sets) or None,
         processing_class=tokenizer,
         interaction=interaction,
         alpha=config.interaction.alpha,
     )
+    if cache is not None:
+        trainer.add_callback(ReleaseTeacher(cached_teacher))
     if trainer.is_world_process_zero():
         write_run_file(config)
     outcome = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -139,6 +148,12 @@ def train(config: RunConfiguration) -> None:
     for name, pairs in eval_sets.items():
         split = f"eval_{name}" if name else "eval"
         _report(trainer, split, trainer.evaluate(pairs, metric_key_prefix=split))
+    if cache is not None:
+        logger.info(
+            "Teacher cache: of the pairs that this process read, %s came from it and %s from the teacher.",
+            f"{cached_teacher.found:,}",
+            f"{cached_teacher.computed:,}",
+        )
     logger.info("The reward model is in %s", config.output_dir)
     trainer.accelerator.end_training()
 
@@ -173,12 +188,24 @@ def _load_teacher(config: RunConfiguration, args: RewardTrainingArguments) -> Te
             "activation checkpointing with use_reentrant true gives captured queries and keys no gradient: leave "
             "use_reentrant out, or set it to false"
         )
-    teacher = Teacher.load(
+    return Teacher.load(
         config.model.teacher_name_or_path,
         layers=paired_layers(config.interaction)[1],
         dtype=torch_dtype(config.model.teacher_dtype),
     )
-    return teacher.to(args.device)
+
+
+def _open_cache(config: RunConfiguration, teacher: Teacher | None, data_sets: Sequence[Dataset]) -> TeacherCache | None:
+    if teacher is None or config.model.teacher_cache is None:
+        return None
+    return TeacherCache.open(
+        config.model.teacher_cache,
+        teacher,
+        data_sets,
+        normalization=config.interaction.normalization,
+        num_head_groups=config.interaction.num_head_groups,
+        max_gigabytes=config.model.teacher_cache_max_gb,
+    )
 
 
 def _require_whole_head_groups(config: RunConfiguration, student_heads: int, teacher_heads: int) -> None:

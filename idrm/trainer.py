@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from idrm.arguments import RewardTrainingArguments
 from idrm.capture.student import QueryKeyCapture
 from idrm.collator import PairCollator
-from idrm.interaction import InteractionLoss
+from idrm.interaction import InteractionLoss, TeacherAttention
 from idrm.metrics import COLUMNS, metrics_from_sums, pair_rows
 from idrm.models import save_reward_model
 from idrm_kernels import PackedAttention
@@ -72,13 +73,14 @@ class RewardTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The training loss of a micro-batch of B pairs: a mean over them."""
+        teacher_of_batch = self._begin_teacher(inputs)
         rewards, student = self._forward(model, inputs)
         preference = self._preference_loss(rewards, inputs)
         interaction = uniform = None
         loss = preference.mean() + self._centering(rewards).mean()
         if self.interaction:
             batch = inputs["interaction"]
-            teacher = self.interaction.teacher_attention(batch)
+            teacher = teacher_of_batch()
             interaction = self.interaction.batch_loss(student, teacher, batch)
             loss = loss + self.alpha * interaction.loss
             if self._is_logging_step():
@@ -92,13 +94,14 @@ class RewardTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """One row of metrics.COLUMNS a pair, as the "logits" that the evaluation loop gathers and deduplicates."""
         inputs = self._prepare_inputs(inputs)
+        teacher_of_batch = self._begin_teacher(inputs)
         rewards, student = self._forward(model, inputs)
         preference = self._preference_loss(rewards, inputs)
         interaction = uniform = None
         loss = preference + self._centering(rewards)
         if self.interaction:
             batch = inputs["interaction"]
-            teacher = self.interaction.teacher_attention(batch)
+            teacher = teacher_of_batch()
             interaction = self.interaction.pair_losses(student, teacher, batch)
             uniform = self.interaction.pair_losses(self.interaction.uniform_attention(student), teacher, batch).loss
             loss = loss + self.alpha * interaction.loss
@@ -113,6 +116,10 @@ class RewardTrainer(Trainer):
             logs.update(metrics_from_sums(sums, with_interaction=self.interaction is not None))
             self._sums.zero_()
         super().log(logs, start_time)
+
+    def _begin_teacher(self, inputs) -> Callable[[], list[TeacherAttention]] | None:
+        """Started before the student, so that the two run side by side where there are streams."""
+        return self.interaction.begin_teacher(inputs["interaction"]) if self.interaction else None
 
     def _forward(self, model, inputs) -> tuple[Tensor, list[PackedAttention]]:
         """Rewards (2, B) float32 of chosen and rejected, and the supervised blocks' content tokens."""

@@ -22,6 +22,8 @@ _FEATURES = Features(
         "teacher_positions": [_TOKENS],
         "teacher_units": [_TOKENS],
         "teacher_places": [_TOKENS],
+        "teacher_tokens": Value("int32"),
+        "teacher_reading": Value("string"),
         "num_units": _TOKENS,
         "response_units": _TOKENS,
         "dropped_student_tokens": Value("int32"),

@@ -1,10 +1,11 @@
 """A preference pair as both models read it: token ids, and which tokens of the two correspond."""
 
+from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,6 +149,9 @@ class PairEncoder:
                 "windows" is one that holds both segments whole.
             teacher_places: per segment where in teacher_input_ids each of these tokens is read: its position, but
                 under "windows".
+            teacher_tokens: how many tokens of the teacher's take part, of both segments.
+            teacher_reading: a digest of all that decides what the teacher's maps of this pair are, the teacher aside:
+                its inputs, and its tokens' places, positions and units; "" where there are no units.
             num_units: per segment. response_units: per segment how many of them, the last ones, lie in the response.
             dropped_student_tokens, dropped_teacher_tokens: content tokens in no unit, before any cutting.
             cut_student, cut_teacher: whether that model's input lost tokens.
@@ -196,6 +200,8 @@ class PairEncoder:
         }
         if not unaligned:
             encoded |= _correspondence(division, student_input, teacher_input) | _statistics(units, student, teacher)
+            encoded["teacher_tokens"] = sum(map(len, encoded["teacher_places"]))
+            encoded["teacher_reading"] = _digest_of_reading(encoded)
         return encoded
 
     @property
@@ -323,6 +329,19 @@ def _correspondence(division: _Division, student: _StudentInput, teacher: _Teach
     return columns
 
 
+def _digest_of_reading(encoded: Mapping[str, Any]) -> str:
+    """Of an encoded pair, "" if it has no units."""
+    if not sum(encoded["num_units"]):
+        return ""
+    digest = blake2b(digest_size=16)
+    lists = [encoded[name] for name in ("teacher_input_ids", "teacher_token_type_ids", "teacher_window_lengths")]
+    for name in ("teacher_places", "teacher_positions", "teacher_units"):
+        lists += encoded[name]
+    for numbers in [*lists, encoded["num_units"]]:
+        digest.update(array("q", [len(numbers), *numbers]).tobytes())
+    return digest.hexdigest()
+
+
 def _statistics(units: Sequence[Units], student: Sequence[Tokens], teacher: Sequence[Tokens]) -> dict[str, int]:
     """The counts that a report sums up, over whole texts."""
     columns = {"units": sum(len(segment) for segment in units), "one_to_one_units": 0}
@@ -354,6 +373,8 @@ def _blank(margin: float | None) -> dict[str, Any]:
         "teacher_positions": [[], []],
         "teacher_units": [[], []],
         "teacher_places": [[], []],
+        "teacher_tokens": 0,
+        "teacher_reading": "",
         "num_units": [0, 0],
         "response_units": [0, 0],
         "dropped_student_tokens": 0,

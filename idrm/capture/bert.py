@@ -42,7 +42,7 @@ class BertFamily:
         return config.max_position_embeddings - reserved
 
     def attention(
-        self, model_inputs: dict[str, Tensor], token_index: Tensor, positions: Tensor
+        self, model_inputs: dict[str, Tensor], token_index: Tensor, positions: Tensor, span: int
     ) -> dict[int, PackedAttention]:
         with self._recorder.recording():
             self._model(**model_inputs)
@@ -54,3 +54,6 @@ class BertFamily:
             )
             for layer, block in self._recorder.take().items()
         }
+
+    def packed(self, layer: int, q: Tensor, k: Tensor, positions: Tensor, span: int) -> PackedAttention:
+        return PackedAttention(q=q, k=k)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -55,9 +58,15 @@ class TeacherFamily(Protocol):
         """Most tokens, special ones included, that the model can read; None where there is no limit."""
 
     def attention(
-        self, model_inputs: dict[str, Tensor], token_index: Tensor, positions: Tensor
+        self, model_inputs: dict[str, Tensor], token_index: Tensor, positions: Tensor, span: int
     ) -> dict[int, PackedAttention]:
-        """Runs the model and packs the tokens of ``token_index`` (flat into batch * tokens) by layer."""
+        """Runs the model and packs the tokens of ``token_index`` (flat into batch * tokens) by layer.
+
+        ``positions`` are those in the joint input, all below ``span``.
+        """
+
+    def packed(self, layer: int, q: Tensor, k: Tensor, positions: Tensor, span: int) -> PackedAttention:
+        """The attention that queries and keys of ``attention``, kept since, define in one of the layers."""
 
 
 FAMILIES: tuple[type[TeacherFamily], ...] = (BertFamily, DebertaFamily)
@@ -71,7 +80,7 @@ class Teacher:
     Attributes:
         tokenizer: its fast tokenizer.
         layers: the supervised layers, counted from 0, in the order asked for.
-        num_heads: attention heads of each layer.
+        num_heads: attention heads of each layer, and ``head_dim`` the size of one.
         max_length: most tokens, special ones included, that it can read; None where there is no limit (DeBERTa).
     """
 
@@ -82,6 +91,7 @@ class Teacher:
         self.layers = resolve_layers(layers, len(encoder.layer), "teacher")
         self.tokenizer = tokenizer
         self.num_heads: int = config.num_attention_heads
+        self.head_dim: int = config.hidden_size // config.num_attention_heads
         self.max_length = family.max_length(config)
         # Nothing above the highest supervised layer reaches the loss.
         encoder.layer = encoder.layer[: max(self.layers) + 1]
@@ -171,7 +181,8 @@ class Teacher:
         Args:
             inputs: on the teacher's device. Read are teacher_input_ids, teacher_attention_mask and
                 teacher_token_type_ids (batch, tokens) int64; teacher_index (teacher_total_tokens,) int64, flat into
-                batch * tokens; teacher_positions (teacher_total_tokens,) int32, position in the joint input.
+                batch * tokens; teacher_positions (teacher_total_tokens,) int32, position in the joint input, and
+                teacher_span, which they are below.
 
         Returns PackedAttention with q and k (teacher_total_tokens, num_heads, head_dim) in the model's dtype
         (autocast or not) and, for DeBERTa, its DisentangledBias. Padding on either side changes nothing.
@@ -188,8 +199,38 @@ class Teacher:
             model_inputs["position_ids"] = (inputs.teacher_attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         # DeBERTa v1 fails under autocast, and a teacher's dtype is chosen where it is loaded.
         with torch.autocast(inputs.teacher_input_ids.device.type, enabled=False):
-            packed = self._family.attention(model_inputs, inputs.teacher_index, inputs.teacher_positions)
+            packed = self._family.attention(
+                model_inputs, inputs.teacher_index, inputs.teacher_positions, inputs.teacher_span
+            )
         return [packed[layer] for layer in self.layers]
+
+    @torch.no_grad()
+    def restored(self, q: Tensor, k: Tensor, inputs: InteractionInputs) -> list[PackedAttention]:
+        """What ``attention`` gives for these inputs, without running the model, from the q and k it gave before.
+
+        Args:
+            q, k: (layers, teacher_total_tokens, num_heads, head_dim), of any floating dtype, which the result has.
+            inputs: read are teacher_positions and teacher_span.
+        """
+        with torch.autocast(q.device.type, enabled=False):
+            return [
+                self._family.packed(layer, *tensors, inputs.teacher_positions, inputs.teacher_span)
+                for layer, *tensors in zip(self.layers, q, k, strict=True)
+            ]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of all that decides its attention: weights, configuration, layers, attention implementation."""
+        digest = blake2b(digest_size=16)
+        configuration = self._model.config.to_dict()
+        for name in ("transformers_version", "_name_or_path", "architectures", "id2label", "label2id"):
+            configuration.pop(name, None)
+        implementation = self._model.config._attn_implementation
+        digest.update(json.dumps([configuration, self.layers, implementation], sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self._model.state_dict().items()):
+            digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+            digest.update(memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        return digest.hexdigest()
 
 
 def _family_of(config: PretrainedConfig, whose: str) -> type[TeacherFamily]:

@@ -15,6 +15,7 @@ from idrm.collator import PairCollator
 from idrm.interaction import InteractionLoss
 from idrm.metrics import COLUMNS
 from idrm.preference import load_preferences
+from idrm.teacher_cache import CachedTeacher, TeacherCache
 from idrm.trainer import RewardTrainer
 from idrm_kernels import available_implementations
 
@@ -24,7 +25,14 @@ def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_
     """make_trainer(alpha=..., interaction={...}, **TrainingArguments): of the tiny models, on the tiny data."""
 
     def make(
-        *, alpha=1.0, student_layers=(-1,), teacher_layers=(-1,), interaction=None, padding_side="right", **values
+        *,
+        alpha=1.0,
+        student_layers=(-1,),
+        teacher_layers=(-1,),
+        interaction=None,
+        padding_side="right",
+        cache_folder=None,
+        **values,
     ):
         teacher = Teacher.load(str(teacher_path), layers=teacher_layers)
         tokenizer = copy.deepcopy(student_tokenizer)
@@ -35,11 +43,13 @@ def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_
         arguments = InteractionArguments(alpha=alpha, **(interaction or {}))
         defaults = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1}
         defaults |= {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "output_dir": str(tmp_path / "out")}
+        cache = cache_folder and TeacherCache.open(cache_folder, teacher, [train, evaluation])
+        teacher = CachedTeacher(teacher, cache) if cache else teacher
         torch.manual_seed(0)
         return RewardTrainer(
             AutoModelForSequenceClassification.from_pretrained(student_path),
             RewardTrainingArguments(**(defaults | values)),
-            PairCollator(tokenizer, teacher.tokenizer if alpha else None, arguments.interaction_rows),
+            PairCollator(tokenizer, encoder.teacher_tokenizer if alpha else None, arguments.interaction_rows, cache),
             train,
             evaluation,
             processing_class=tokenizer,
@@ -198,7 +208,7 @@ def test_the_ratio_of_a_student_that_attends_uniformly_is_one(make_trainer):
 def test_a_pair_without_units_contributes_nothing(make_trainer):
     trainer = make_trainer()
     pairs = [dict(trainer.train_dataset[index]) for index in range(2)]
-    for name in ("student_positions", "student_units", "teacher_positions", "teacher_units"):
+    for name in ("student_positions", "student_units", "teacher_positions", "teacher_units", "teacher_places"):
         pairs[1][name] = [[], []]
     pairs[1]["num_units"] = pairs[1]["response_units"] = [0, 0]
     losses = []
@@ -346,3 +356,38 @@ def test_a_checkpoint_is_complete_once_its_trainer_state_is_there(make_trainer, 
     ranks_files = {"rng_state.pth", "metric_sums_0.json"}
     assert any(ranks_files <= names and "trainer_state.json" not in names for names in seen)
     assert "trainer_state.json" in {path.name for path in tmp_path.glob("out/checkpoint-1/*")}
+
+
+def test_with_a_cache_a_second_epoch_runs_no_teacher_and_gives_the_same_losses(make_trainer, tmp_path):
+    """Bit for bit: the weights stand still at a learning rate of 0, and the pairs come in the same order."""
+    values = {"learning_rate": 0.0, "train_sampling_strategy": "sequential", "dataloader_num_workers": 1}
+    trainer = make_trainer(cache_folder=tmp_path / "cache", num_train_epochs=2, **values)
+    records = training_records(trainer)
+    first, second = records[: len(records) // 2], records[len(records) // 2 :]
+    cached = trainer.interaction.teacher
+    assert (cached.computed, cached.found) == (48, 48)
+    names = ("loss", "interaction_loss", "intra_loss", "inter_loss", "interaction_ratio", "grad_norm")
+    for ours, theirs in zip(first, second, strict=True):
+        assert [ours[name] for name in names] == [theirs[name] for name in names]
+    live = training_records(make_trainer(**values))
+    for ours, theirs in zip(first, live, strict=True):
+        assert ours["interaction_loss"] == pytest.approx(theirs["interaction_loss"], rel=2e-3)
+        assert ours["interaction_loss"] != theirs["interaction_loss"]  # passed through bfloat16
+
+
+def test_a_damaged_entry_changes_nothing_but_one_recomputation(make_trainer, tmp_path, caplog):
+    trainer = make_trainer(cache_folder=tmp_path / "cache")
+    cached = trainer.interaction.teacher
+    metrics = trainer.evaluate()
+    assert (cached.computed, cached.found) == (11, 0)
+    entry = next((tmp_path / "cache").glob("*/*.safetensors"))
+    content = entry.read_bytes()
+    entry.write_bytes(content[:100] + content[101:])
+    again = trainer.evaluate()
+    assert (cached.computed, cached.found) == (12, 10)
+    assert caplog.text.count("is damaged") == 1
+    assert entry.read_bytes() == content
+    last = trainer.evaluate()
+    assert (cached.computed, cached.found) == (12, 21)
+    for name in metrics.keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+        assert metrics[name] == again[name] == last[name], name

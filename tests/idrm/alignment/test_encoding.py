@@ -233,8 +233,10 @@ def test_a_segment_read_second_is_found_there(encoder_of):
                 [of["teacher_input_ids"][at] for at in of["teacher_places"][segment]] for of in (chosen_first, encoded)
             ]
             assert read[0] == read[1]
-        unchanged = {"teacher_input_ids", "teacher_token_type_ids", "teacher_positions", "teacher_places"}
-        assert all(encoded[name] == chosen_first[name] for name in encoded.keys() - unchanged)
+        changed = {"teacher_input_ids", "teacher_token_type_ids", "teacher_positions", "teacher_places"}
+        same = encoded.keys() - changed - {"teacher_reading"}
+        assert all(encoded[name] == chosen_first[name] for name in same)
+        assert (encoded["teacher_reading"] == chosen_first["teacher_reading"]) == (not rejected_first)
         orders.append(rejected_first)
     assert 10 < sum(orders) < 30
     other_seed = encoder_of(teacher_segment_order="random", seed=2)
@@ -253,7 +255,9 @@ def test_windows_hold_every_token_in_context(limit, order, encoder_of):
     assert max(lengths) <= limit
     assert sum(lengths) == len(encoded["teacher_input_ids"]) == len(encoded["teacher_token_type_ids"])
     assert not encoded["cut_teacher"]
-    same = encoded.keys() - {"teacher_input_ids", "teacher_token_type_ids", "teacher_window_lengths", "teacher_places"}
+    changed = {"teacher_input_ids", "teacher_token_type_ids", "teacher_window_lengths", "teacher_places"}
+    assert encoded["teacher_reading"] != whole["teacher_reading"]
+    same = encoded.keys() - changed - {"teacher_reading"}
     assert all(encoded[name] == whole[name] for name in same)
     starts = [sum(lengths[:window]) for window in range(len(lengths))]
     special = whole["teacher_input_ids"][0]

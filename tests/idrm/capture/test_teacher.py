@@ -124,6 +124,7 @@ def interaction_inputs(config, lengths, padding_side="right"):
         teacher_token_type_ids=torch.stack(fields["types"]),
         teacher_index=torch.cat(fields["index"]),
         teacher_positions=torch.cat(fields["positions"]).int(),
+        teacher_span=width,
     )
 
 
@@ -175,6 +176,53 @@ def test_attention_equals_transformers_probabilities(name, padding_side, tokeniz
             torch.testing.assert_close(ours, dense[row], rtol=0, atol=1e-10)
         # Far from uniform, so that an error would show.
         assert torch.stack([(row.amax(dim=-1) * row.shape[-1]).mean() for row in dense]).mean() > 3
+
+
+@pytest.mark.parametrize("name", ["bert", "v1 c2p p2c", "v2 buckets", "v2 no terms"])
+def test_attention_is_restored_from_queries_and_keys(name, tokenizer):
+    lengths = [(20, 31), (9, 4)]
+    inputs = interaction_inputs(CONFIGS[name], lengths)
+    teacher = Teacher(build(CONFIGS[name]), tokenizer, [-1, 0])
+    packed = teacher.attention(inputs)
+    q, k = (torch.stack([getattr(attention, name) for attention in packed]) for name in ("q", "k"))
+    assert q.shape == k.shape == (2, sum(map(sum, lengths)), teacher.num_heads, teacher.head_dim)
+    for ours, theirs in zip(teacher.restored(q, k, inputs), packed, strict=True):
+        assert ours.scale == theirs.scale
+        assert torch.equal(ours.q, theirs.q)
+        assert (ours.position_bias is None) == (theirs.position_bias is None) == (name in ("bert", "v2 no terms"))
+        if ours.position_bias is not None:
+            for field in ("positions", "slot_of_delta", "c2p", "p2c"):
+                assert torch.equal(getattr(ours.position_bias, field), getattr(theirs.position_bias, field))
+    for half in teacher.restored(q.bfloat16(), k.bfloat16(), inputs):
+        assert half.q.dtype == torch.bfloat16
+        assert half.position_bias is None or half.position_bias.c2p.dtype == torch.bfloat16
+
+
+def test_a_fingerprint_tells_teachers_apart(tokenizer):
+    def fingerprint(config, layers=(-1,), change=None):
+        model = build(config)
+        if change is not None:
+            change(model)
+        return Teacher(model, tokenizer, layers).fingerprint
+
+    def nudge(model):
+        with torch.no_grad():
+            model.encoder.layer[0].attention.self.query.bias[0] += 1e-12
+
+    def above(model):
+        with torch.no_grad():
+            model.encoder.layer[-1].attention.self.query.bias[0] += 1
+
+    bert = CONFIGS["bert"]
+    own = fingerprint(bert)
+    assert own == fingerprint(bert)
+    others = [fingerprint(bert, layers=[-2]), fingerprint(bert, layers=[-1, -2]), fingerprint(bert, change=nudge)]
+    others.append(fingerprint(bert, change=lambda model: setattr(model.config, "layer_norm_eps", 1e-5)))
+    others.append(fingerprint(bert, change=lambda model: model.set_attn_implementation("eager")))
+    others.append(fingerprint(bert, change=lambda model: model.float()))
+    assert len({own, *others}) == 7
+    # What lies above the supervised layers decides nothing.
+    assert fingerprint(bert, layers=[-2], change=above) == fingerprint(bert, layers=[-2])
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
@@ -314,6 +362,7 @@ def test_minilm_reads_a_real_pair(minilm_path, caplog):
         teacher_token_type_ids=encoded["token_type_ids"],
         teacher_index=content.nonzero()[:, 0],
         teacher_positions=content.nonzero()[:, 0].int(),
+        teacher_span=len(content),
     )
     assert encoded["token_type_ids"].sum() > 0
     dense = AutoModel.from_pretrained(minilm_path, attn_implementation="eager", dtype=torch.float64).eval()
