@@ -131,6 +131,14 @@ def test_a_metric_that_evaluation_does_not_have(refused, eval_pairs_path):
     assert "eval_near_accuracy" in line
 
 
+def test_a_cache_that_cannot_be(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file: cannot be written to" in refused(teacher_cache=tmp_path / "file")
+    assert "--alpha 0 has no teacher" in refused(teacher_cache=tmp_path / "cache", alpha=0)
+    assert "--teacher_cache_max_gb 1: caps no cache" in refused(teacher_cache_max_gb=1)
+    assert "--teacher_cache_max_gb: expected at least" in refused(teacher_cache_max_gb=-1, teacher_cache="cache")
+
+
 def test_an_unknown_flag(refused):
     assert "--alfa" in refused(alfa=1)
 
