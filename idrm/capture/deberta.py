@@ -7,13 +7,17 @@ the head size and f = 1 + the number of position terms (DeBERTa, arXiv 2006.0365
     score(i, j) = (q_i.k_j + q_i.pos_key[slot(i - j)] + k_j.pos_query[slot(i - j)]) / sqrt(f D)
 
 Both terms look up the same slot: transformers indexes position-to-content by -bucket(j - i), and buckets are odd.
+
+transformers' own forward pass holds several maps of all heads in every block. Unless it is asked for ("eager"), the
+blocks' attention is replaced by one that holds none (``idrm.capture.disentangled_attention``), in this model alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +25,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
+from idrm.capture.disentangled_attention import flashdeberta, flashdeberta_obstacle, sdpa_in_row_chunks
 from idrm.errors import InputError
 from idrm_kernels import DisentangledBias, PackedAttention
+
+ATTN_IMPLEMENTATIONS = ("eager", "sdpa", "flashdeberta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +42,17 @@ class _SlotTable:
 
 
 class _Projections(NamedTuple):
-    q: Tensor  # (total_tokens, num_heads, head_dim)
+    q: Tensor  # (..., num_heads, head_dim)
     k: Tensor
+    v: Tensor
     pos_key: Tensor | None  # (num_slots, num_heads, head_dim)
     pos_query: Tensor | None
     num_terms: int
+
+    @property
+    def softmax_scale(self) -> float:
+        # transformers takes this root in float32 whatever the model's dtype.
+        return 1.0 / torch.tensor(float(self.q.shape[-1] * self.num_terms)).sqrt().item()
 
 
 class DebertaFamily:
@@ -48,15 +61,33 @@ class DebertaFamily:
     model_types = ("deberta", "deberta-v2")
     counts_positions = ()
 
-    def __init__(self, model: PreTrainedModel, blocks: Mapping[int, nn.Module]):
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], attn_implementation: str | None):
         if getattr(model.config, "talking_head", False):
             raise InputError(
                 "teacher: DeBERTa with talking_head mixes heads after the scores; expected talking_head=False"
             )
+        if attn_implementation not in (None, *ATTN_IMPLEMENTATIONS):
+            raise InputError(
+                f"teacher: attention implementation {attn_implementation!r} is unknown to DeBERTa; expected one of "
+                + ", ".join(ATTN_IMPLEMENTATIONS)
+            )
         self._model = model
+        self._implementation = attn_implementation
+        if attn_implementation == "flashdeberta":
+            self._require_flashdeberta(None)
         self._project = _project_v1 if model.config.model_type == "deberta" else _project_v2
-        self._attentions = {layer: block.attention.self for layer, block in blocks.items()}
+        self._attentions = {layer: model.encoder.layer[layer].attention.self for layer in layers}
         self._slot_tables: dict[tuple[int, torch.device], _SlotTable] = {}
+        if attn_implementation != "eager":
+            # What the blocks are handed: the mask of the tokens, and none of the (tokens, tokens) differences.
+            model.encoder.get_attention_mask = Tensor.bool
+            model.encoder.get_rel_pos = lambda *args, **kwargs: None
+            for block in model.encoder.layer:
+                block.attention.self.forward = functools.partial(self._attend, block.attention.self)
+
+    @classmethod
+    def blocks(cls, model: PreTrainedModel) -> nn.ModuleList:
+        return model.encoder.layer
 
     @classmethod
     def load_arguments(cls, config: PretrainedConfig) -> dict[str, Any]:
@@ -69,6 +100,8 @@ class DebertaFamily:
     def attention(
         self, model_inputs: dict[str, Tensor], token_index: Tensor, positions: Tensor
     ) -> dict[int, PackedAttention]:
+        if self._uses_flashdeberta(token_index.device):
+            model_inputs, token_index = _padded_right(model_inputs, token_index)
         hidden_states: dict[int, Tensor] = {}
         with contextlib.ExitStack() as hooks:
             for layer, attention in self._attentions.items():
@@ -78,27 +111,68 @@ class DebertaFamily:
                     hidden_states[layer] = hidden.flatten(0, 1)[token_index]
 
                 hooks.enter_context(attention.register_forward_pre_hook(keep, with_kwargs=True))
-            self._model(**model_inputs)
+            # As the model's forward does, which besides has the encoder keep what every block returns.
+            mask = model_inputs["attention_mask"]
+            embedded = self._model.embeddings(
+                **{name: value for name, value in model_inputs.items() if name != "attention_mask"}, mask=mask
+            )
+            self._model.encoder(embedded, mask, output_hidden_states=False)
 
         slots = embeddings = None
         if self._model.encoder.relative_attention:
-            slots = self._slots(model_inputs["input_ids"].shape[1], token_index.device)
+            slots = self._slots(mask.shape[1], token_index.device)
             embeddings = self._model.encoder.get_rel_embedding()[slots.first : slots.last + 1]
         packed = {}
         for layer, attention in self._attentions.items():
-            q, k, pos_key, pos_query, num_terms = self._project(attention, hidden_states[layer], embeddings)
-            # transformers takes this root in float32 whatever the model's dtype.
-            scale = 1.0 / torch.tensor(float(q.shape[-1] * num_terms)).sqrt().item()
+            own = self._project(attention, hidden_states[layer], embeddings)
+            scale = own.softmax_scale
             bias = None
-            if pos_key is not None or pos_query is not None:
+            if own.pos_key is not None or own.pos_query is not None:
                 bias = DisentangledBias(
                     positions=positions,
                     slot_of_delta=slots.slot_of_delta,
-                    c2p=None if pos_key is None else _position_scores(q, pos_key * scale),
-                    p2c=None if pos_query is None else _position_scores(k, pos_query * scale),
+                    c2p=None if own.pos_key is None else _position_scores(own.q, own.pos_key * scale),
+                    p2c=None if own.pos_query is None else _position_scores(own.k, own.pos_query * scale),
                 )
-            packed[layer] = PackedAttention(q=q, k=k, softmax_scale=scale, position_bias=bias)
+            packed[layer] = PackedAttention(q=own.q, k=own.k, softmax_scale=scale, position_bias=bias)
         return packed
+
+    def _attend(
+        self, attention: nn.Module, hidden_states: Tensor, mask: Tensor, *_, rel_embeddings: Tensor | None = None, **__
+    ) -> tuple[Tensor, None]:
+        """In place of the forward of a block's self-attention: (batch, tokens, hidden) and its mask (batch, tokens)."""
+        encoder, device = self._model.encoder, hidden_states.device
+        if self._uses_flashdeberta(device):
+            own = self._project(attention, hidden_states, rel_embeddings)
+            buckets = getattr(encoder, "position_buckets", -1)
+            span = {"position_buckets": buckets, "max_relative_positions": encoder.max_relative_positions}
+            compute = functools.partial(flashdeberta, **span)
+        else:
+            slots = None if rel_embeddings is None else self._slots(hidden_states.shape[1], device)
+            embeddings = None if slots is None else rel_embeddings[slots.first : slots.last + 1]
+            own = self._project(attention, hidden_states, embeddings)
+            compute = functools.partial(sdpa_in_row_chunks, slot_of_delta=slots and slots.slot_of_delta)
+        positions = {"pos_key": own.pos_key, "pos_query": own.pos_query}
+        context = compute(own.q, own.k, own.v, mask, softmax_scale=own.softmax_scale, **positions)
+        return context.flatten(-2), None
+
+    def _require_flashdeberta(self, device: torch.device | None) -> None:
+        obstacle = self._flashdeberta_obstacle(device)
+        if obstacle is not None:
+            raise InputError(f"teacher: attention implementation 'flashdeberta' {obstacle}")
+
+    def _flashdeberta_obstacle(self, device: torch.device | None) -> str | None:
+        head_dim = self._model.encoder.layer[0].attention.self.attention_head_size
+        return flashdeberta_obstacle(self._model.dtype, head_dim, device)
+
+    def _uses_flashdeberta(self, device: torch.device) -> bool:
+        """Whether the blocks on this device do. Raises InputError where it was asked for and cannot run."""
+        if self._implementation == "flashdeberta":
+            self._require_flashdeberta(device)
+        elif self._implementation is not None:
+            return False
+        has_bias = self._model.encoder.relative_attention and bool(self._model.config.pos_att_type)
+        return has_bias and self._flashdeberta_obstacle(device) is None
 
     def _slots(self, length: int, device: torch.device) -> _SlotTable:
         """The slot table for inputs of this length, rounded up so that few are ever made."""
@@ -118,17 +192,18 @@ class DebertaFamily:
 
 
 def _project_v1(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None) -> _Projections:
-    """Of the content tokens' hidden states (total_tokens, hidden) and position embeddings (num_slots, hidden)."""
+    """Of tokens' hidden states (..., hidden) and position embeddings (num_slots, hidden)."""
     heads = attention.num_attention_heads
-    q, k, _ = attention.in_proj(hidden).unflatten(-1, (heads, -1)).chunk(3, dim=-1)
+    q, k, v = attention.in_proj(hidden).unflatten(-1, (heads, -1)).chunk(3, dim=-1)
     q = q + attention.q_bias.unflatten(-1, (heads, -1))
+    v = v + attention.v_bias.unflatten(-1, (heads, -1))
     terms = attention.pos_att_type
     pos_key = pos_query = None
     if embeddings is not None and "c2p" in terms:
         pos_key = attention.pos_proj(embeddings).unflatten(-1, (heads, -1))
     if embeddings is not None and "p2c" in terms:
         pos_query = attention.pos_q_proj(embeddings).unflatten(-1, (heads, -1))
-    return _Projections(q, k.contiguous(), pos_key, pos_query, 1 + len(terms))
+    return _Projections(q, k.contiguous(), v, pos_key, pos_query, 1 + len(terms))
 
 
 def _project_v2(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None) -> _Projections:
@@ -136,6 +211,7 @@ def _project_v2(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None)
     heads = attention.num_attention_heads
     q = attention.query_proj(hidden).unflatten(-1, (heads, -1))
     k = attention.key_proj(hidden).unflatten(-1, (heads, -1))
+    v = attention.value_proj(hidden).unflatten(-1, (heads, -1))
     terms = attention.pos_att_type
     pos_key = pos_query = None
     if embeddings is not None and "c2p" in terms:
@@ -144,7 +220,7 @@ def _project_v2(attention: nn.Module, hidden: Tensor, embeddings: Tensor | None)
     if embeddings is not None and "p2c" in terms:
         project = attention.query_proj if attention.share_att_key else attention.pos_query_proj
         pos_query = project(embeddings).unflatten(-1, (heads, -1))
-    return _Projections(q, k, pos_key, pos_query, 1 + ("c2p" in terms) + ("p2c" in terms))
+    return _Projections(q, k, v, pos_key, pos_query, 1 + ("c2p" in terms) + ("p2c" in terms))
 
 
 def _position_scores(content: Tensor, position: Tensor) -> Tensor:
@@ -152,3 +228,13 @@ def _position_scores(content: Tensor, position: Tensor) -> Tensor:
     scores = content.new_empty(content.shape[0], content.shape[1], position.shape[0])
     torch.bmm(content.transpose(0, 1), position.permute(1, 2, 0), out=scores.transpose(0, 1))
     return scores
+
+
+def _padded_right(model_inputs: dict[str, Tensor], token_index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The same rows rolled to their first token, and where the tokens of a flat (batch * tokens) index then are."""
+    mask = model_inputs["attention_mask"]
+    padding = (mask.cumsum(dim=1) == 0).sum(dim=1)
+    tokens = mask.shape[1]
+    columns = (torch.arange(tokens, device=mask.device) + padding[:, None]) % tokens
+    rolled = {name: value.gather(1, columns) for name, value in model_inputs.items()}
+    return rolled, token_index - padding[token_index // tokens]
