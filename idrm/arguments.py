@@ -41,7 +41,8 @@ class ModelArguments:
     teacher_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Teacher: a BERT-like or DeBERTa encoder fine-tuned on NLI, folder or hub name; for alpha > 0."
+            "help": "Teacher: a BERT-like, ModernBERT or DeBERTa encoder fine-tuned on NLI, folder or hub name; for "
+            "alpha > 0."
         },
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
@@ -71,6 +72,13 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "The student's attention: eager, sdpa or flash_attention_2. Default: transformers' choice."},
+    )
+    teacher_attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher's attention: sdpa, flashdeberta (DeBERTa in half precision on a GPU, an extra), "
+            "flash_attention_2 (the other families) or eager, which holds maps of a block. Default: the best that runs."
+        },
     )
     pad_token: str | None = field(
         default=None,

@@ -191,6 +191,7 @@ def _load_teacher(config: RunConfiguration, args: RewardTrainingArguments) -> Te
     return Teacher.load(
         config.model.teacher_name_or_path,
         layers=paired_layers(config.interaction)[1],
+        attn_implementation=config.model.teacher_attn_implementation,
         dtype=torch_dtype(config.model.teacher_dtype),
     )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from idrm.capture.interface import SUPPORTED_IMPLEMENTATIONS, AttentionRecorder
-from idrm.errors import InputError
+from idrm.errors import InputError, refusals
 from idrm_kernels import PackedAttention
 
 
@@ -21,16 +21,29 @@ class BertFamily:
     # Their position ids start after the pad token's id, and they skip padding by themselves.
     counts_positions = ("camembert", "roberta", "xlm-roberta")
 
-    def __init__(self, model: PreTrainedModel, blocks: Mapping[int, nn.Module]):
-        implementation = model.config._attn_implementation
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], attn_implementation: str | None):
+        implementation = attn_implementation or model.config._attn_implementation
         if implementation not in SUPPORTED_IMPLEMENTATIONS:
             raise InputError(
                 f"teacher: attention implementation {implementation!r} is unknown; expected one of "
                 + ", ".join(SUPPORTED_IMPLEMENTATIONS)
             )
+        if attn_implementation is not None:
+            with refusals(f"teacher: attention implementation {attn_implementation!r}"):
+                model.set_attn_implementation(attn_implementation)
         self._model = model
-        modules = {getattr(block.attention, "self", block.attention): layer for layer, block in blocks.items()}
+        blocks = self.blocks(model)
+        modules = {self.attention_module(blocks[layer]): layer for layer in layers}
         self._recorder = AttentionRecorder(modules, model.config, "teacher")
+
+    @classmethod
+    def blocks(cls, model: PreTrainedModel) -> nn.ModuleList:
+        return model.transformer.layer if model.config.model_type == "distilbert" else model.encoder.layer
+
+    @classmethod
+    def attention_module(cls, block: nn.Module) -> nn.Module:
+        """The module that calls the attention function."""
+        return getattr(block.attention, "self", block.attention)
 
     @classmethod
     def load_arguments(cls, config: PretrainedConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +26,7 @@ from transformers.integrations import deepspeed as deepspeed_integration
 from idrm.capture.bert import BertFamily
 from idrm.capture.deberta import DebertaFamily
 from idrm.capture.layers import resolve_layers
+from idrm.capture.modernbert import ModernBertFamily
 from idrm.errors import InputError, refusals, require_folder
 from idrm_kernels import PackedAttention
 
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 class TeacherFamily(Protocol):
     """What a family of encoders must provide; a new one is a module beside ``bert`` and ``deberta`` and an entry below.
 
+    No forward pass asks for ``output_attentions``: an encoder that keeps maps would keep those of all its layers.
+
     Attributes:
         model_types: the ``config.model_type`` values that it covers.
         counts_positions: those of them that derive position ids from the padding themselves.
@@ -46,8 +49,15 @@ class TeacherFamily(Protocol):
     model_types: tuple[str, ...]
     counts_positions: tuple[str, ...]
 
-    def __init__(self, model: PreTrainedModel, blocks: Mapping[int, nn.Module]):
-        """Watches these blocks of the model, by layer. Raises InputError for an attention it cannot represent."""
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], attn_implementation: str | None):
+        """Watches these layers of the whole model, and has it compute its attention as asked (None: the best there is).
+
+        Raises InputError for an attention that it cannot represent and for an implementation that cannot run.
+        """
+
+    @classmethod
+    def blocks(cls, model: PreTrainedModel) -> nn.ModuleList:
+        """The model's own list of its transformer blocks."""
 
     @classmethod
     def load_arguments(cls, config: PretrainedConfig) -> dict[str, Any]:
@@ -69,7 +79,7 @@ class TeacherFamily(Protocol):
         """The attention that queries and keys of ``attention``, kept since, define in one of the layers."""
 
 
-FAMILIES: tuple[type[TeacherFamily], ...] = (BertFamily, DebertaFamily)
+FAMILIES: tuple[type[TeacherFamily], ...] = (BertFamily, DebertaFamily, ModernBertFamily)
 
 
 class Teacher:
@@ -84,19 +94,26 @@ class Teacher:
         max_length: most tokens, special ones included, that it can read; None where there is no limit (DeBERTa).
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Iterable[int] = (-1,)):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Iterable[int] = (-1,),
+        attn_implementation: str | None = None,
+    ):
         config = model.config
         family = _family_of(config, "teacher")
-        encoder = model.transformer if config.model_type == "distilbert" else model.encoder
-        self.layers = resolve_layers(layers, len(encoder.layer), "teacher")
+        blocks = family.blocks(model)
+        self.layers = resolve_layers(layers, len(blocks), "teacher")
         self.tokenizer = tokenizer
         self.num_heads: int = config.num_attention_heads
         self.head_dim: int = config.hidden_size // config.num_attention_heads
         self.max_length = family.max_length(config)
-        # Nothing above the highest supervised layer reaches the loss.
-        encoder.layer = encoder.layer[: max(self.layers) + 1]
+        _keep_no_maps(config)
         self._model = model.eval().requires_grad_(False)
-        self._family = family(model, {layer: encoder.layer[layer] for layer in self.layers})
+        self._family = family(model, self.layers, attn_implementation)
+        # Nothing above the highest supervised layer reaches the loss.
+        del blocks[max(self.layers) + 1 :]
         self._counts_positions = config.model_type in family.counts_positions
         self._reads_token_types = (
             getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in tokenizer.model_input_names
@@ -116,11 +133,14 @@ class Teacher:
         Args:
             name_or_path: hub name or folder, with safetensors weights and a fast tokenizer.
             layers: supervised layers, negative ones from the end.
-            attn_implementation: of a BERT-like teacher; None leaves the choice to transformers. DeBERTa has eager only.
+            attn_implementation: None takes the best that can run. "eager" everywhere, with the maps of one block held;
+                "sdpa" everywhere, for DeBERTa in row chunks with its position bias; "flash_attention_2" of BERT-like
+                teachers and ModernBERT; "flashdeberta", that package's kernel, of DeBERTa in half precision on a GPU.
             dtype: None keeps the checkpoint's.
 
-        Raises InputError for a checkpoint that cannot be read, a family without support, a slow tokenizer or a layer
-        beyond the depth; warns if the checkpoint is no NLI classifier.
+        Raises InputError for a checkpoint that cannot be read, a family without support, a slow tokenizer, a layer
+        beyond the depth or without a whole map, and an attention implementation that cannot run; warns if the
+        checkpoint is no NLI classifier.
         """
         require_folder(f"teacher {name_or_path!r}", name_or_path)
         with refusals(f"teacher {name_or_path!r}: cannot load the configuration"):
@@ -136,9 +156,7 @@ class Teacher:
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise InputError(f"teacher {name_or_path!r}: no vocabulary found; expected a tokenizer beside the weights")
 
-        arguments = family.load_arguments(config)
-        if attn_implementation is not None:
-            arguments["attn_implementation"] = attn_implementation
+        _keep_no_maps(config)
         with (
             refusals(f"teacher {name_or_path!r}: cannot load the model from safetensors weights"),
             _whole(),
@@ -151,7 +169,7 @@ class Teacher:
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **arguments,
+                **family.load_arguments(config),
             )
         if loading["missing_keys"]:
             missing = sorted(loading["missing_keys"])
@@ -167,7 +185,7 @@ class Teacher:
                 config.architectures,
                 list(config.id2label.values()),
             )
-        return cls(model, tokenizer, layers)
+        return cls(model, tokenizer, layers, attn_implementation)
 
     def to(self, device: torch.device | str) -> Teacher:
         """Moves the teacher, in place."""
@@ -239,6 +257,11 @@ def _family_of(config: PretrainedConfig, whose: str) -> type[TeacherFamily]:
             return family
     supported = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
     raise InputError(f"{whose}: model type {config.model_type!r} is not supported; expected one of {supported}")
+
+
+def _keep_no_maps(config: PretrainedConfig) -> None:
+    """Against a checkpoint whose configuration asks for the maps or hidden states of all layers."""
+    config.output_attentions = config.output_hidden_states = False
 
 
 def _is_nli_classifier(config: PretrainedConfig) -> bool:

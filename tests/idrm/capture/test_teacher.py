@@ -1,6 +1,8 @@
 """A teacher's packed attention equals transformers' own probabilities, restricted to content tokens."""
 
 import copy
+import functools
+import json
 import logging
 from types import SimpleNamespace
 
@@ -19,14 +21,19 @@ from transformers import (
     DistilBertConfig,
     ElectraConfig,
     ModernBertConfig,
+    MPNetConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     XLMRobertaConfig,
 )
+from transformers.models.bert import modeling_bert
+from transformers.models.modernbert import modeling_modernbert
 
-from idrm.capture import Teacher
+from idrm.capture import Teacher, deberta
 from idrm.errors import InputError
 from idrm_kernels import MapLayout, PackedAttention, attention_map_distance, attention_map_rows
+from idrm_kernels.testing.cases import error_bound
+from idrm_kernels.testing.memory import peak_bytes
 
 HEADS = 4
 SIZES = {
@@ -40,6 +47,7 @@ SIZES = {
 }
 RELATIVE = {**SIZES, "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0}
 V2 = {**RELATIVE, "pos_att_type": ["c2p", "p2c"], "norm_rel_ebd": "layer_norm"}
+MODERN_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)
 CONFIGS = {
     "bert": BertConfig(**SIZES),
     "roberta": RobertaConfig(**SIZES | {"max_position_embeddings": 65, "type_vocab_size": 1}),
@@ -48,6 +56,8 @@ CONFIGS = {
     "distilbert": DistilBertConfig(
         vocab_size=60, dim=32, hidden_dim=40, n_layers=3, n_heads=HEADS, max_position_embeddings=64
     ),
+    # Two layers of three are global; the one between reads four tokens on each side.
+    "modernbert": ModernBertConfig(**SIZES, global_attn_every_n_layers=2, local_attention=8, **MODERN_TOKENS),
     "v1 plain": DebertaConfig(**SIZES),
     "v1 no terms": DebertaConfig(**RELATIVE, pos_att_type=[]),
     "v1 c2p": DebertaConfig(**RELATIVE, pos_att_type=["c2p"]),
@@ -62,7 +72,11 @@ CONFIGS = {
     "v2 beyond the range": DebertaV2Config(**V2, max_relative_positions=10),
     "v2 share_att_key": DebertaV2Config(**V2, share_att_key=True),
     "v2 share_att_key c2p": DebertaV2Config(**V2 | {"pos_att_type": ["c2p"]}, share_att_key=True),
+    "v2 share_att_key p2c": DebertaV2Config(**V2 | {"pos_att_type": ["p2c"]}, share_att_key=True),
+    "v2 share_att_key no terms": DebertaV2Config(**V2 | {"pos_att_type": []}, share_att_key=True),
     "v2 buckets": DebertaV2Config(**V2, position_buckets=16, share_att_key=True),
+    "v2 buckets c2p": DebertaV2Config(**V2 | {"pos_att_type": ["c2p"]}, position_buckets=16),
+    "v2 buckets p2c": DebertaV2Config(**V2 | {"pos_att_type": ["p2c"]}, position_buckets=16, share_att_key=True),
     "v2 buckets beyond the range": DebertaV2Config(**V2, position_buckets=8, max_relative_positions=20),
     "v2 odd buckets": DebertaV2Config(**V2, position_buckets=7, max_relative_positions=20),
     "v2 no layer norm, absolute positions": DebertaV2Config(
@@ -70,7 +84,13 @@ CONFIGS = {
     ),
     "v2 convolution": DebertaV2Config(**V2, position_buckets=16, conv_kernel_size=3),
 }
-BOUNDED = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "plain", "absolute positions")
+OTHERS = {
+    "v2 absolute positions, types": DebertaV2Config(
+        **V2 | {"position_biased_input": True, "type_vocab_size": 2}, position_buckets=16
+    )
+}
+BOUNDED = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert", "plain", "absolute positions")
+DEBERTAS = [name for name in CONFIGS if name.startswith(("v1", "v2"))]
 
 
 def is_bounded(name):
@@ -133,6 +153,14 @@ def layout_of(lengths):
     return MapLayout.build(counts.cumsum(0), segments=2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def softmax_in_float64():
+    """ModernBERT's eager function takes its softmax in float32, whatever the model's dtype; BERT's in the model's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_modernbert, "eager_attention_forward", modeling_bert.eager_attention_forward)
+        yield
+
+
 def dense_probabilities(config, inputs):
     """Per layer and example transformers' (heads, content, content) map, of the example alone and without padding."""
     model = build(config)
@@ -154,13 +182,15 @@ def dense_probabilities(config, inputs):
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_attention_equals_transformers_probabilities(name, padding_side, tokenizer):
+@pytest.mark.parametrize(
+    ("name", "implementation"), [*((name, "sdpa") for name in CONFIGS), *((name, "eager") for name in DEBERTAS)]
+)
+def test_attention_equals_transformers_probabilities(name, implementation, padding_side, tokenizer):
     config = CONFIGS[name]
     lengths = [(20, 31), (9, 4)] if is_bounded(name) else [(20, 31), (70, 75), (9, 4)]
     inputs = interaction_inputs(config, lengths, padding_side)
     expected = dense_probabilities(config, inputs)
-    teacher = Teacher(build(config), tokenizer, [-1, 0])
+    teacher = Teacher(build(config), tokenizer, [-1, 0], attn_implementation=implementation)
     layout = layout_of(lengths)
     packed = teacher.attention(inputs)
     assert len(packed) == 2
@@ -178,7 +208,7 @@ def test_attention_equals_transformers_probabilities(name, padding_side, tokeniz
         assert torch.stack([(row.amax(dim=-1) * row.shape[-1]).mean() for row in dense]).mean() > 3
 
 
-@pytest.mark.parametrize("name", ["bert", "v1 c2p p2c", "v2 buckets", "v2 no terms"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "v1 c2p p2c", "v2 buckets", "v2 no terms"])
 def test_attention_is_restored_from_queries_and_keys(name, tokenizer):
     lengths = [(20, 31), (9, 4)]
     inputs = interaction_inputs(CONFIGS[name], lengths)
@@ -189,7 +219,9 @@ def test_attention_is_restored_from_queries_and_keys(name, tokenizer):
     for ours, theirs in zip(teacher.restored(q, k, inputs), packed, strict=True):
         assert ours.scale == theirs.scale
         assert torch.equal(ours.q, theirs.q)
-        assert (ours.position_bias is None) == (theirs.position_bias is None) == (name in ("bert", "v2 no terms"))
+        assert (
+            (ours.position_bias is None) == (theirs.position_bias is None) == (name not in ("v1 c2p p2c", "v2 buckets"))
+        )
         if ours.position_bias is not None:
             for field in ("positions", "slot_of_delta", "c2p", "p2c"):
                 assert torch.equal(getattr(ours.position_bias, field), getattr(theirs.position_bias, field))
@@ -332,19 +364,19 @@ def save(folder, config, tokenizer, auto_class=AutoModelForSequenceClassificatio
     return str(folder)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "v1 c2p p2c", "v2 buckets"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "modernbert", "v1 c2p p2c", "v2 buckets"])
 def test_loading_a_classifier_gives_its_frozen_encoder_in_silence(name, tokenizer, tmp_path, caplog, capfd):
     path = save(tmp_path, CONFIGS[name], tokenizer, **NLI)
     capfd.readouterr()
     with caplog.at_level(logging.WARNING):
-        teacher = Teacher.load(path, layers=[-1, -2], dtype=torch.float64)
+        teacher = Teacher.load(path, layers=[-1, 0], dtype=torch.float64)
     assert not caplog.records
     assert "UNEXPECTED" not in "".join(capfd.readouterr())
     assert teacher.num_heads == HEADS
-    assert teacher.layers == (2, 1)
+    assert teacher.layers == (2, 0)
     inputs = interaction_inputs(CONFIGS[name], [(9, 4)])
     classifier = AutoModelForSequenceClassification.from_pretrained(path).double()
-    expected = Teacher(classifier.base_model, teacher.tokenizer, [-1, -2]).attention(inputs)
+    expected = Teacher(classifier.base_model, teacher.tokenizer, [-1, 0]).attention(inputs)
     for ours, theirs in zip(teacher.attention(inputs), expected, strict=True):
         assert torch.equal(ours.k, theirs.k)
         assert not ours.k.requires_grad
@@ -389,6 +421,144 @@ def test_an_attention_implementation_may_be_chosen(tokenizer, tmp_path):
         Teacher.load(path, attn_implementation="flex_attention")
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert"])
+def test_sdpa_is_the_default_where_transformers_has_it(name, tokenizer, tmp_path):
+    teacher = Teacher.load(save(tmp_path, CONFIGS[name], tokenizer, **NLI))
+    assert teacher._model.config._attn_implementation == "sdpa"
+
+
+def test_debertas_attention_implementations(tokenizer, tmp_path):
+    path = save(tmp_path, CONFIGS["v2 buckets"], tokenizer, **NLI)
+    with pytest.raises(
+        InputError, match="'flash_attention_2' is unknown to DeBERTa; expected one of eager, sdpa, flashd"
+    ):
+        Teacher.load(path, attn_implementation="flash_attention_2")
+    with pytest.raises(
+        InputError, match=r"'flashdeberta' (is not installed|computes in bfloat16 or float16|needs a GPU)"
+    ):
+        Teacher.load(path, attn_implementation="flashdeberta")
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("name", ["v1 c2p p2c", "v2 buckets", "v2 share_att_key p2c", "v2 absolute positions, types"])
+def test_flashdeberta_is_handed_what_it_reads(name, padding_side, tokenizer, monkeypatch):
+    """Its kernel wants padding on the right and embeddings of every slot; the maps are those of SDPA."""
+    calls = []
+
+    def attention(q, k, v, mask, *, position_buckets, max_relative_positions, **arguments):
+        calls.append(position_buckets)
+        assert torch.equal(mask.long().argmin(1), mask.sum(1) % mask.shape[1])
+        tokens, buckets = mask.shape[1], max(position_buckets, 0)
+        delta = torch.arange(-tokens, tokens + 1)
+        if buckets:
+            delta = deberta.make_log_bucket_position(delta, buckets, max_relative_positions).long()
+        span = buckets or max_relative_positions
+        slots = (delta + span).clamp(0, 2 * span - 1)
+        return deberta.sdpa_in_row_chunks(q, k, v, mask, slot_of_delta=slots, **arguments)
+
+    monkeypatch.setattr(deberta, "flashdeberta", attention)
+    config, lengths = {**CONFIGS, **OTHERS}[name], [(20, 31), (9, 4)]
+    inputs = interaction_inputs(config, lengths, padding_side)
+    expected = Teacher(build(config), tokenizer, [-1]).attention(inputs)
+    assert not calls
+    monkeypatch.setattr(deberta, "flashdeberta_obstacle", lambda dtype, head_dim, device: None)
+    for implementation, used in ((None, True), ("flashdeberta", True), ("sdpa", False), ("eager", False)):
+        calls.clear()
+        (attention,) = Teacher(build(config), tokenizer, [-1], implementation).attention(inputs)
+        assert bool(calls) == used
+        torch.testing.assert_close(attention.q, expected[0].q, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["v1 c2p p2c", "v2 buckets"])
+def test_deberta_in_the_dtypes_of_training_errs_no_more_than_transformers(name, dtype, tokenizer):
+    """The queries of the last block, behind the attention of two: by the error rule, eager's being the same dtype's."""
+    inputs = interaction_inputs(CONFIGS[name], [(60, 75), (9, 4)])
+
+    def queries(implementation, dtype):
+        rounded = build(CONFIGS[name]).to(torch.bfloat16).to(dtype)
+        return Teacher(rounded, tokenizer, [-1], implementation).attention(inputs)[0].q
+
+    exact, eager, chunked = (queries(*key) for key in (("eager", torch.float64), ("eager", dtype), ("sdpa", dtype)))
+    assert (chunked.double() - exact).abs().max() <= error_bound(eager, exact, torch.finfo(dtype).eps)
+
+
+def test_the_position_settings_of_deberta_v3_large_at_2_x_300_tokens(tokenizer):
+    """256 buckets of differences up to 512, which the joint input exceeds."""
+    sizes = {"max_position_embeddings": 512, "position_buckets": 256, "max_relative_positions": -1}
+    config = DebertaV2Config(**V2 | sizes | {"share_att_key": True, "pos_att_type": ["p2c", "c2p"]})
+    inputs, layout = interaction_inputs(config, [(300, 300)]), layout_of([(300, 300)])
+    (attention,) = Teacher(build(config), tokenizer).attention(inputs)
+    rows = [0, 137, 299, 300, 599]
+    expected = dense_probabilities(config, inputs)[-1][0][:, rows]
+    ours = attention_map_rows(attention, layout, rows, normalization="joint", num_head_groups=HEADS, teacher_side=True)
+    torch.testing.assert_close(torch.stack(ours, dim=1), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "modernbert", "v1 c2p p2c", "v2 buckets"])
+def test_no_maps_are_held_on_long_inputs(name, tokenizer, monkeypatch):
+    """The peak of a forward pass is below the maps of one block, of which eager attention holds one or several."""
+    in_small_chunks = functools.partial(deberta.sdpa_in_row_chunks, workspace_bytes=1 << 20)
+    monkeypatch.setattr(deberta, "sdpa_in_row_chunks", in_small_chunks)
+    config = copy.deepcopy(CONFIGS[name])
+    heads, tokens = 16, 500
+    # More heads, and the tables shorter than the input: what is left to grow with its square is the maps alone.
+    fields = ({"n_heads": heads} if name == "distilbert" else {"num_attention_heads": heads}) | {"hidden_size": 32}
+    config.update(fields | {"max_position_embeddings": 1024, "position_buckets": 16, "max_relative_positions": 32})
+    inputs = interaction_inputs(config, [(248, tokens - 251), (9, 4)])
+    peaks = {}
+    for implementation in (None, "eager"):
+        torch.manual_seed(0)
+        teacher = Teacher(AutoModel.from_config(copy.deepcopy(config)), tokenizer, [-1], implementation)
+        run = functools.partial(teacher.attention, inputs)
+        run()
+        peaks[implementation] = peak_bytes(run)
+    one_block = 2 * heads * tokens**2 * 4
+    assert peaks["eager"] > one_block
+    assert peaks[None] < one_block / 2
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "v1 c2p p2c", "v2 buckets"])
+def test_a_checkpoint_that_asks_for_maps_gets_none(name, tokenizer, tmp_path):
+    path = save(tmp_path, CONFIGS[name], tokenizer, **NLI)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "output_attentions": True}))
+    teacher = Teacher.load(path, attn_implementation="eager")
+    blocks = teacher._family.blocks(teacher._model)
+    kept = []
+    for block in blocks:
+        block.register_forward_hook(
+            lambda module, args, kwargs, output: kept.append((kwargs, output)), with_kwargs=True
+        )
+    teacher.attention(interaction_inputs(CONFIGS[name], [(9, 4)]))
+    assert len(kept) == len(blocks)
+    for kwargs, output in kept:
+        assert not kwargs.get("output_attentions")
+        outputs = output if isinstance(output, tuple) else (output,)
+        assert not [value for value in outputs if torch.is_tensor(value) and value.dim() == 4]
+
+
+MODERN = ModernBertConfig(**SIZES | {"num_hidden_layers": 5}, local_attention=8, **MODERN_TOKENS)
+
+
+@pytest.mark.parametrize(("layers", "named"), [([-1], "4 (-1)"), ([-2, -3], "2 (-3)"), ([0, 1], "1 (-4)")])
+def test_a_local_layer_of_modernbert_is_refused_with_the_global_ones(layers, named, tokenizer):
+    with pytest.raises(InputError) as refusal:
+        Teacher(build(MODERN), tokenizer, layers)
+    assert str(refusal.value) == (
+        f"teacher: layer {named} is local, with a window of 8 tokens; give --teacher_layers -2, the last of the global "
+        "ones: 0 (-5), 3 (-2)"
+    )
+
+
+def test_layers_of_modernbert_above_the_highest_supervised_one_are_left_out(tokenizer):
+    model = build(MODERN)
+    teacher = Teacher(model, tokenizer, [-2, 0])
+    assert teacher.layers == (3, 0)
+    assert len(model.layers) == 4
+    assert len(teacher.attention(interaction_inputs(MODERN, [(20, 30)]))) == 2
+
+
 @pytest.mark.parametrize(
     ("auto_class", "fields"),
     [(AutoModelForSequenceClassification, {}), (AutoModel, NLI)],
@@ -413,9 +583,9 @@ def test_loading_under_a_zero3_configuration_leaves_the_weights_whole(tokenizer,
 
 
 def test_an_unsupported_family_is_refused_by_name(tokenizer, tmp_path):
-    ModernBertConfig(**NLI).save_pretrained(tmp_path)
+    MPNetConfig(**NLI).save_pretrained(tmp_path)
     with pytest.raises(
-        InputError, match=r"'modernbert' is not supported; expected one of bert, .*roberta.* deberta-v2"
+        InputError, match=r"'mpnet' is not supported; expected one of bert, .*roberta.* deberta-v2, modernbert$"
     ):
         Teacher.load(str(tmp_path))
 
