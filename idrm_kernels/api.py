@@ -160,7 +160,7 @@ def attention_map_rows(
             unit_offsets=problem.student.unit_offsets, device_unit_offsets=problem.student.device_unit_offsets
         )
     with torch.autocast(model.q.device.type, enabled=False):
-        return [chunked.map_row(problem, side, row) for row in rows]
+        return chunked.map_rows(problem, side, rows)
 
 
 def available_implementations() -> tuple[str, ...]:
