@@ -1,35 +1,8 @@
-"""What is measured on the attention maps of a pair, and its summary over pairs.
+"""What is measured on the attention maps of a pair, and its summary over pairs, as docs/teachers.md defines it.
 
-U is the head-averaged map between units of one pair (DESIGN section 2), x and y its segments, u the map of a uniform
-attention: u(b) is the share of unit b among the tokens that the softmax runs over. Only the rows that count in training
-are looked at: all, or those of the responses.
-
-Under joint normalisation, for a row a of segment x:
-
-    crossing(a)          = sum of U(a, b) over the units b of the other segment
-    response crossing(a) = sum of U(a, b) over the units b of the other response, for rows a of a response
-
-each beside what the uniform map pays there. A mean over the rows of a pair, then over pairs; the ratio is the quotient
-of the two means.
-
-Under block normalisation, for the intra blocks (x, x) and the inter blocks (x, y) apart:
-
-    distance     = sum over the blocks of  sqrt( sum over a, b of (U - u)^2 )
-    moved        = mean over the rows of   1/2 sum over b of |U - u|
-    row-specific = sum of (U - m)^2 / sum of (U - u)^2,  with m(b) the mean of U(a, b) over the rows a
-
-The distance is the training loss of a uniform student (reduction "frobenius", unweighted). `moved`, the total
-variation, is the share of a row's attention that lies elsewhere than in a uniform map. The sums of squares split
-exactly, sum (U - u)^2 = sum (U - m)^2 + rows * sum (m - u)^2, into what differs from row to row and what all rows have
-in common: hub keys. `row_specific_distance` is the distance with m in the place of u: the loss of the best student
-whose rows are all alike.
-
-The prompt stands in both sequences, and tokens find their own copies: that is structure, but no comparison of the
-responses. So the inter blocks are also measured with their rows and keys restricted to the responses (`responses`),
-neither U nor u being normalised again.
-
-Two teachers that cut a text into the same units are also compared with one another: the distance, intra and inter
-together, with the other's map in the place of u.
+U is the head-averaged map between units of one pair (DESIGN section 2) and u that of a uniform attention: u(b) is the
+share of unit b among the tokens that the softmax runs over. Only the rows that count in training are looked at: all, or
+those of the responses.
 """
 
 from __future__ import annotations
@@ -100,7 +73,7 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Structure:
-    """How far maps under block normalisation are from uniform ones; the formulas are in the module's docstring.
+    """How far maps under block normalisation are from uniform ones.
 
     Attributes:
         distance: the loss of a uniform student, mean over pairs.
@@ -120,7 +93,10 @@ class BlockMeasures:
     """The summary of one block over all pairs.
 
     Attributes:
-        crossing, response_crossing, intra, inter, responses: as the module's docstring says.
+        crossing: from all rows that count to the other sequence. response_crossing: from the rows of one response to
+            the other response.
+        intra, inter: of the blocks x = y, and x != y. responses: of the inter blocks, rows and keys of the responses
+            alone, neither U nor u being normalised again.
         distance_to_first: the loss, intra and inter, that the first teacher of an inspection would have as a student of
             this one, with the block at the same distance from the end; mean over the pairs that both cut into the same
             units, None without any.

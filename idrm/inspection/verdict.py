@@ -77,7 +77,7 @@ def _comparison(first: TeacherFindings, other: TeacherFindings) -> str:
     layer = max(apart, key=lambda layer: (apart[layer], layer))
     own = first.blocks[first.num_layers + other.from_end(layer)]
     return (
-        f"{told}. Their maps lie furthest apart in block {other.label(layer)}, by {apart[layer]:.2f}, where those of the "
-        f"first lie {own.intra.distance + own.inter.distance:.2f} from uniform ones; that they differ does not say which "
-        "is tuned."
+        f"{told}. Their maps lie furthest apart in block {other.label(layer)}, by {apart[layer]:.2f}, where those of "
+        f"the first lie {own.intra.distance + own.inter.distance:.2f} from uniform ones; that they differ does not say "
+        "which is tuned."
     )
