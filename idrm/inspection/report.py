@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from idrm.errors import InputError
 from idrm.inspection.findings import Inspection
 from idrm.inspection.measures import BlockMeasures
 from idrm.inspection.verdict import verdict
@@ -107,7 +108,7 @@ def markdown(inspection: Inspection) -> str:
 
 
 def write_files(folder: Path, inspection: Inspection, picture: bytes) -> list[Path]:
-    """Writes the three files, all of them whole before the first one gets its name."""
+    """Writes the three files, all of them whole before the first one gets its name; InputError where it cannot."""
     contents: Mapping[str, bytes] = {
         JSON_FILE: json.dumps(
             {"verdict": verdict(inspection), **inspection.as_dict()}, indent=2, ensure_ascii=False, allow_nan=False
@@ -115,16 +116,18 @@ def write_files(folder: Path, inspection: Inspection, picture: bytes) -> list[Pa
         MARKDOWN_FILE: markdown(inspection).encode(),
         PICTURE_FILE: picture,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = {name: folder / f".{name}-{os.getpid()}" for name in contents}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             temporary[name].write_bytes(content)
         for name, path in temporary.items():
             os.replace(path, folder / name)
+    except OSError as error:
+        raise InputError(f"output_dir {folder}: {error.strerror} while writing {error.filename}") from error
     finally:
         for path in temporary.values():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 path.unlink()
     return [folder / name for name in contents]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from matplotlib import image
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, processors
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from idrm.alignment import PairEncoder
 from idrm.capture import Teacher
@@ -198,20 +199,13 @@ def test_teachers_of_other_depth_meet_at_the_end(make_teacher, inspect):
     assert inspect(shallow, compare_with={deep: None})[0].heat_map.layers == [0, 2]
 
 
-def test_other_tokens_are_not_compared_entry_by_entry(make_teacher, inspect, student_tokenizer, teacher_tokenizer):
-    from tokenizers import processors
-
-    byte_level = type(student_tokenizer)(
-        tokenizer_object=type(student_tokenizer.backend_tokenizer).from_str(
-            student_tokenizer.backend_tokenizer.to_str()
-        ),
-        pad_token="<|pad|>",
-        sep_token="</s>",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
-    byte_level.backend_tokenizer.post_processor = processors.TemplateProcessing(
+def test_other_tokens_are_not_compared_entry_by_entry(make_teacher, inspect, student_tokenizer):
+    backend = Tokenizer.from_str(student_tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    byte_level = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|pad|>", model_input_names=inputs)
     other = make_teacher(tokenizer=byte_level)
     inspection, printed = inspect(make_teacher(), compare_with={other: None})
     assert all(block.distance_to_first is None for block in inspection.teachers[1].blocks.values())
@@ -299,6 +293,13 @@ def test_an_output_folder_that_is_a_file_is_refused(make_teacher, inspect, tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written to"):
         inspect(make_teacher(), output_dir=tmp_path / "file")
+
+
+def test_what_cannot_be_written_leaves_nothing_half_written(make_teacher, inspect, tmp_path):
+    (tmp_path / "out" / "check.json").mkdir(parents=True)
+    with pytest.raises(InputError, match="while writing"):
+        inspect(make_teacher())
+    assert os.listdir(tmp_path / "out") == ["check.json"]
 
 
 def test_minilm_on_real_pairs(minilm_path, real_data, inspect, tmp_path):
