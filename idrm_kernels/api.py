@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -161,19 +161,8 @@ def attention_map_rows(
         side = side._replace(
             unit_offsets=problem.student.unit_offsets, device_unit_offsets=problem.student.device_unit_offsets
         )
-    starts_of_segments = {units.start for units in problem.segment_units}
     with torch.autocast(model.q.device.type, enabled=False):
-        runs = [chunked.map_rows(problem, side, run) for run in _consecutive(rows, starts_of_segments)]
-    return [row for run in runs for row in run]
-
-
-def _consecutive(rows: list[int], breaks: set[int]) -> Iterator[range]:
-    """The rows as runs of consecutive ones, a new run at every break."""
-    start = 0
-    for index in range(1, len(rows) + 1):
-        if index == len(rows) or rows[index] != rows[index - 1] + 1 or rows[index] in breaks:
-            yield range(rows[start], rows[index - 1] + 1)
-            start = index
+        return chunked.map_rows(problem, side, rows)
 
 
 def available_implementations() -> tuple[str, ...]:

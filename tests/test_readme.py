@@ -147,7 +147,7 @@ def test_figures_of_benchmarks_are_rows_of_the_results():
     assert [row for row in rows if row not in results.splitlines()] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/teachers.md"])
 def test_named_files_exist(page: str):
     """Links, and paths in backticks or at the start of a line of a picture, lead somewhere."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -496,11 +497,19 @@ def sweep(block: Block, options: LossOptions, weights: Tensor, gradients: Exampl
     return losses
 
 
-def map_rows(problem: MapProblem, side: Attention, rows: range) -> Tensor:
-    """Unit rows of one segment of one side's U against all units of their example (rows, num_head_groups, units)."""
-    segment = next(index for index, units in enumerate(problem.segment_units) if rows.start in units)
-    example = segment // problem.segments
-    groups = [
-        GroupAttention(problem, side, example, group).merged_rows(rows) for group in range(problem.num_head_groups)
-    ]
-    return torch.stack(groups, dim=1)
+def map_rows(problem: MapProblem, side: Attention, rows: Sequence[int]) -> list[Tensor]:
+    """Unit rows of one side's U, each against all units of its example (num_head_groups, units).
+
+    Consecutive rows of an example are computed together.
+    """
+    ends = [problem.example_segments(example)[-1].stop for example in range(problem.num_examples)]
+    by_run = itertools.groupby(enumerate(rows), lambda place: (bisect_right(ends, place[1]), place[1] - place[0]))
+    maps = []
+    for (example, _), places in by_run:
+        run = [row for _, row in places]
+        units = range(run[0], run[-1] + 1)
+        groups = [
+            GroupAttention(problem, side, example, group).merged_rows(units) for group in range(problem.num_head_groups)
+        ]
+        maps += torch.stack(groups, dim=1)
+    return maps

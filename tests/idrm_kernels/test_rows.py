@@ -12,11 +12,11 @@ from idrm_kernels.testing.oracle import example_units, unit_map
 
 @pytest.mark.parametrize("teacher_side", [False, True])
 @pytest.mark.parametrize("normalization", ["block", "joint"])
-def test_rows_equal_the_oracle(normalization, teacher_side):
+@pytest.mark.parametrize("rows", [[0, 11, 12, 15], [*range(16), 3, 3, 2]], ids=["a few", "all, and some again"])
+def test_rows_equal_the_oracle(rows, normalization, teacher_side):
     case = Case(lengths=((7, 5), (0, 4)), merged=True, bias="both", num_head_groups=2, dtype=torch.float64, seed=3)
     problem = make_problem(case)
     model = problem.teacher if teacher_side else problem.student
-    rows = [0, 11, 12, 15]
     result = attention_map_rows(
         model,
         problem.layout,

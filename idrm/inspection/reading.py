@@ -1,0 +1,122 @@
+"""A teacher that reads preference pairs as in training, with every block that could be supervised."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from idrm.alignment import PairEncoder
+from idrm.capture import Teacher
+from idrm.capture.layers import resolve_layers
+from idrm.collator import PairCollator
+from idrm.errors import InputError, refusals, require_folder
+from idrm.inspection.measures import PairUnits
+from idrm_kernels import MapLayout, PackedAttention, attention_map_rows
+
+# Of the joint input in tokens, for a teacher that reads inputs of any length; the same as in training.
+DEFAULT_MAX_LENGTH = 512
+# The teacher's tokenizer stands in for the student's too, and that student is to lose nothing.
+_NO_STUDENT_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class ReadPair:
+    """One pair as the teacher read it: the attention of its blocks over content tokens, and what they are.
+
+    Attributes:
+        attention: for each of the reader's layers.
+        layout: of this pair alone; a unit is a token of the teacher, or a few that share a character.
+        units: where segments and responses lie.
+        tokens: for each unit its text as the tokenizer has it.
+    """
+
+    attention: list[PackedAttention]
+    layout: MapLayout
+    units: PairUnits
+    tokens: list[str]
+
+    def has_units_of(self, other: ReadPair) -> bool:
+        """Whether maps of both can be compared entry by entry."""
+        return self.tokens == other.tokens and self.units.segments == other.units.segments
+
+    def map(self, block: int, normalization: Literal["block", "joint"]) -> Tensor:
+        """The head-averaged map (units, units) of one block, counted in ``attention``."""
+        rows = attention_map_rows(
+            self.attention[block],
+            self.layout,
+            range(self.layout.total_units),
+            normalization=normalization,
+            teacher_side=True,
+        )
+        return torch.cat(rows)
+
+
+class TeacherReader:
+    """Reads pairs one at a time: with the queries and keys of all blocks in memory, more at once would gain little.
+
+    Attributes:
+        name: the name or path that it was loaded from.
+        layers: the blocks that are looked at, counted from 0, ascending.
+        num_layers: the depth of the model.
+        max_length: of a joint input, in tokens.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        *,
+        layers: Iterable[int] | None,
+        max_length: int | None,
+        rows: Literal["all", "response"],
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+    ):
+        """Raises InputError for what ``Teacher.load`` refuses, and a length beyond what the teacher reads."""
+        self.name = name_or_path
+        self.num_layers, supervisable = _depth(name_or_path)
+        asked = supervisable if layers is None else resolve_layers(layers, self.num_layers, "teacher")
+        self._teacher = Teacher.load(name_or_path, layers=sorted(set(asked)), dtype=dtype).to(device)
+        self.layers = self._teacher.layers
+        limit = self._teacher.max_length
+        if max_length is not None and limit is not None and max_length > limit:
+            raise InputError(f"teacher_max_length {max_length}: teacher {name_or_path!r} reads {limit} tokens at most")
+        self.max_length = max_length or limit or DEFAULT_MAX_LENGTH
+        tokenizer = self._teacher.tokenizer
+        self._encode = PairEncoder(
+            tokenizer, tokenizer, max_length=_NO_STUDENT_LIMIT, teacher_max_length=self.max_length
+        )
+        self._collate = PairCollator(tokenizer, tokenizer)
+        self._rows = rows
+        self._device = device
+
+    def encode(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``PairEncoder`` makes of a converted pair."""
+        return self._encode(record)
+
+    def read(self, encoded: Mapping[str, Any]) -> ReadPair:
+        """The teacher's attention over one encoded pair that has units."""
+        inputs = self._collate([encoded])["interaction"].to(self._device)
+        pieces = self._teacher.tokenizer.convert_ids_to_tokens(inputs.teacher_input_ids.flatten()[inputs.teacher_index])
+        offsets = inputs.layout.teacher_unit_offsets
+        return ReadPair(
+            attention=self._teacher.attention(inputs),
+            layout=inputs.layout,
+            units=PairUnits.of(encoded, offsets.diff(), self._rows),
+            tokens=["".join(pieces[start:stop]) for start, stop in itertools.pairwise(offsets.tolist())],
+        )
+
+
+def _depth(name_or_path: str) -> tuple[int, list[int]]:
+    """The layers of a checkpoint, and which of them attend to all tokens and so can be supervised."""
+    require_folder(f"teacher {name_or_path!r}", name_or_path)
+    with refusals(f"teacher {name_or_path!r}: cannot load the configuration"):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    num_layers = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
+    return num_layers, [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
