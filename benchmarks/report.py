@@ -38,6 +38,7 @@ ADDITIONS = (
     ("fused loss", "fused", "teacher"),
     ("naive loss", "naive", "teacher"),
     ("all, fused", "fused", BASELINE),
+    ("all, cached", "cached", BASELINE),
 )
 TITLES = {"op": "The loss", "training_step": "A training step"}
 QUANTITIES = {

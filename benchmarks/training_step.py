@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +28,14 @@ from transformers import (
 from benchmarks.contest import DTYPES, FUSED
 from idrm.arguments import InteractionArguments
 from idrm.capture import QueryKeyCapture, Teacher
-from idrm.collator import PairCollator
+from idrm.collator import InteractionInputs, PairCollator
 from idrm.interaction import InteractionLoss
+from idrm.teacher_cache import CachedTeacher, TeacherCache
+from idrm.teacher_cache.cache import DTYPE as CACHE_DTYPE
 from idrm_kernels import available_implementations
 from idrm_kernels.testing.comparison import naive_loss
 
-LADDER = ("bradley-terry", "capture", "teacher", "fused", "naive")
+LADDER = ("bradley-terry", "capture", "teacher", "fused", "naive", "cached")
 CHECKED_LENGTH = 128
 # Of a sequence, special ones and the teacher's shorter pieces included.
 MOST_TOKENS = 2304
@@ -66,7 +70,8 @@ class StepContest:
 
     Variants, each the one before and something more: "bradley-terry" (alpha 0), "capture" (the last block's queries and
     keys recorded and packed, and back), "teacher" (its forward pass, queries and keys packed), "fused" (alpha 1 with
-    the fused kernel of the device), and instead of it "naive" (alpha 1 with every map held).
+    the fused kernel of the device), and instead of it "naive" (alpha 1 with every map held) or "cached" (as "fused",
+    but what the teacher would give is read from a teacher cache, from disk to device, in the step itself).
 
     Attributes:
         layers, all_layers: decoder blocks of the student, and how many its shape has. Where not all fit, shares of the
@@ -94,17 +99,18 @@ class StepContest:
         return {name: functools.partial(step, name) for name in names}
 
     def check(self, variant: str) -> str | None:
-        if variant == "fused" and FUSED[self.device] not in available_implementations():
+        if variant in ("fused", "cached") and FUSED[self.device] not in available_implementations():
             return f"{FUSED[self.device]} is not available here"
         return None
 
     def check_result(self, variant: str, result: Tensor) -> str | None:
-        """The fused step's interaction loss and its gradients are the naive one's, to half the digits of the dtype."""
-        if variant != "fused":
+        """A fused step's interaction loss and its gradients are the naive one's, to half the digits of the dtype."""
+        if variant not in ("fused", "cached"):
             return None
         step = _Step(dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH)))
-        own, naive = step.interaction_gradients("fused"), step.interaction_gradients("naive")
-        tolerance = torch.finfo(DTYPES[self.dtype]).eps ** 0.5
+        own, naive = step.interaction_gradients(variant), step.interaction_gradients("naive")
+        dtypes = (DTYPES[self.dtype], CACHE_DTYPE) if variant == "cached" else (DTYPES[self.dtype],)
+        tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
         for name, value in naive.items():
             error = ((own[name] - value).norm() / value.norm()).item()
             if not error <= tolerance:
@@ -123,10 +129,23 @@ class _Step:
         self.model, self.teacher, self.collate = _models(
             contest.device, contest.dtype, contest.student, contest.teacher, contest.layers
         )
-        self.batch = _batch(contest, self.collate)
+        self.pair, self.device = _pair(contest), contest.device
+        self.batch = {name: value.to(self.device) for name, value in self.collate([self.pair]).items()}
         self.capture = QueryKeyCapture(self.model, (-1,))
         arguments = InteractionArguments(kernel_impl=FUSED[contest.device])
         self.interaction = InteractionLoss(self.teacher, self.capture.layers, arguments)
+        self._cache_folder = tempfile.TemporaryDirectory(prefix="idrm-teacher-cache-")
+        self.cache = TeacherCache(Path(self._cache_folder.name), self.teacher, "maps")
+        self.cached = InteractionLoss(CachedTeacher(self.teacher, self.cache), self.capture.layers, arguments)
+        self.cached.teacher_attention(self.cached_inputs())  # stored from now on
+
+    def cached_inputs(self) -> InteractionInputs:
+        """The batch's, with what the cache holds read from its file."""
+        inputs = self.batch["interaction"]
+        cached = self.cache.batch(
+            [self.pair], inputs.layout.max_units, lambda pairs: self.collate(pairs)["interaction"]
+        )
+        return dataclasses.replace(inputs, cached=cached.to(self.device))
 
     def __call__(self, variant: str) -> Tensor:
         """Forward and backward; the loss. The gradients are freed, so that the next call's memory holds them anew."""
@@ -154,6 +173,9 @@ class _Step:
         (student,) = self.interaction.student_attention(self.capture.take(), batch)
         if variant == "capture":
             return self._preference(logits), 0.0 * (student.q.sum() + student.k.sum())
+        if variant == "cached":
+            (teacher,) = self.cached.teacher_attention(self.cached_inputs())
+            return self._preference(logits), self.cached.batch_loss([student], [teacher], batch).loss
         (teacher,) = self.interaction.teacher_attention(batch)
         if variant == "teacher":
             return self._preference(logits), 0.0 * (student.q.sum() + student.k.sum())
@@ -226,8 +248,8 @@ def _teacher(name: str, positions: int) -> BertModel | DebertaV2Model:
     return DebertaV2Model(config)
 
 
-def _batch(contest: StepContest, collate: PairCollator) -> dict[str, Any]:
-    """One pair of random tokens: a first special one, then units of which most hold one token of both models."""
+def _pair(contest: StepContest) -> dict[str, Any]:
+    """One encoded pair of random tokens: a first special one, then units of which most hold one token of both models."""
     source = random.Random(0)
     pair: dict[str, Any] = {"teacher_input_ids": [1], "teacher_token_type_ids": [0]}
     for whose in ("student", "teacher"):
@@ -251,5 +273,6 @@ def _batch(contest: StepContest, collate: PairCollator) -> dict[str, Any]:
         pair["response_units"].append(unit)
     pair["teacher_places"] = pair["teacher_positions"]
     pair["teacher_window_lengths"] = [len(pair["teacher_input_ids"])]
-    batch = collate([pair])
-    return {name: value.to(contest.device) for name, value in batch.items()}
+    pair["teacher_tokens"] = sum(map(len, pair["teacher_places"]))
+    pair["teacher_reading"] = contest.name
+    return pair

@@ -34,8 +34,17 @@ def test_every_rung_adds_what_it_says(tiny):
     assert losses["bradley-terry"] == losses["capture"] == losses["teacher"]
     assert losses["fused"] > losses["teacher"]
     torch.testing.assert_close(losses["fused"], losses["naive"])
-    assert tiny.check("fused") is None
-    assert tiny.check_result("fused", losses["fused"]) is None
+    torch.testing.assert_close(losses["cached"], losses["naive"], rtol=1e-3, atol=0)
+    assert losses["cached"] != losses["fused"]  # through bfloat16
+    for variant in ("fused", "cached"):
+        assert tiny.check(variant) is None
+        assert tiny.check_result(variant, losses[variant]) is None
+
+
+def test_the_cached_step_runs_no_teacher(tiny, monkeypatch):
+    step = tiny.variants(("cached",))["cached"]
+    monkeypatch.setattr(training_step.Teacher, "attention", None)
+    assert step() > 0
 
 
 def test_a_step_leaves_no_gradients(tiny):
