@@ -249,7 +249,7 @@ def _teacher(name: str, positions: int) -> BertModel | DebertaV2Model:
 
 
 def _pair(contest: StepContest) -> dict[str, Any]:
-    """One encoded pair of random tokens: a first special one, then units of which most hold one token of both models."""
+    """An encoded pair of random tokens: a first special one, then units of which most hold one token of both models."""
     source = random.Random(0)
     pair: dict[str, Any] = {"teacher_input_ids": [1], "teacher_token_type_ids": [0]}
     for whose in ("student", "teacher"):

@@ -49,6 +49,27 @@ def test_indices_point_at_the_tokens_that_take_part(encoded, student_tokenizer, 
     assert inputs.layout.total_units == sum(map(sum, (pair["num_units"] for pair in encoded)))
 
 
+def test_a_pair_read_in_windows_has_a_row_for_each(student_tokenizer, teacher_tokenizer):
+    settings = {"max_length": 64, "teacher_long_inputs": "windows"}
+    short, long = (
+        PairEncoder(student_tokenizer, teacher_tokenizer, teacher_max_length=length, **settings) for length in (64, 14)
+    )
+    pairs = [long(RECORDS[0]), short(RECORDS[1]), long(RECORDS[1])]
+    rows = [len(pair["teacher_window_lengths"]) for pair in pairs]
+    assert rows[0] > 1 == rows[1] < rows[2]
+    inputs = PairCollator(student_tokenizer, teacher_tokenizer)(pairs)["interaction"]
+    assert inputs.teacher_input_ids.shape == (sum(rows), max(max(pair["teacher_window_lengths"]) for pair in pairs))
+    assert inputs.teacher_attention_mask.sum(1).tolist() == [
+        n for pair in pairs for n in pair["teacher_window_lengths"]
+    ]
+    whole = PairCollator(student_tokenizer, teacher_tokenizer)([short(RECORDS[0]), pairs[1], pairs[1]])["interaction"]
+    for name in ("teacher_input_ids", "teacher_token_type_ids"):
+        own, expected = (getattr(of, name).flatten()[of.teacher_index].tolist() for of in (inputs, whole))
+        assert own == expected
+    assert torch.equal(inputs.teacher_positions, whole.teacher_positions)
+    assert inputs.teacher_span == whole.teacher_span == 1 + whole.teacher_positions.max()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_are_chosen_then_rejected_padded_on_the_right_whatever_the_tokenizer_prefers(
     encoded, student_tokenizer, side
