@@ -40,7 +40,10 @@ ADDITIONS = (
     ("all, fused", "fused", BASELINE),
     ("all, cached", "cached", BASELINE),
 )
-TITLES = {"op": "The loss", "training_step": "A training step"}
+TITLES = {"op": "The loss", "training_step": "A training step", "teacher": "The teacher's forward pass"}
+# The teacher's variants in the order of their columns, and the one that the others' times are compared with.
+TEACHER_VARIANTS = ("eager", "sdpa", "flashdeberta", "sdpa-half")
+TEACHER_BASELINE = "eager"
 QUANTITIES = {
     "time": lambda row: row.median * 1e3,
     "memory": lambda row: row.peak_bytes / 2**20,
@@ -124,7 +127,7 @@ def tables(rows: Sequence[Row]) -> str:
     texts = []
     for (suite, device), group in _grouped(rows, lambda row: (row.suite, row.workload["device"])):
         contests = [list(members) for _, members in _grouped(group, lambda row: row.contest)]
-        shown = _op_tables if suite == "op" else _step_tables
+        shown = {"op": _op_tables, "training_step": _step_tables, "teacher": _teacher_tables}[suite]
         texts.append(f"### {TITLES[suite]}, {device}\n\n{shown(contests)}")
     failures = [f"- {row.contest}, {row.variant}: {row.failure}" for row in rows if row.failure is not None]
     if failures:
@@ -202,6 +205,28 @@ def _step_tables(contests: Sequence[Sequence[Row]]) -> str:
         f"Time, ms, forward and backward; what is added, and its share of the {BASELINE} step\n\n{_markdown(times)}\n\n"
         "Peak memory over what is in use before (weights and all), MiB; what is added, and its share of the whole peak "
         f"\n\n{_markdown(memory)}"
+    )
+
+
+def _teacher_tables(contests: Sequence[Sequence[Row]]) -> str:
+    """Times, each with how many of it the baseline's takes, and peak memory of the teacher's forward pass."""
+    named = {row.variant for members in contests for row in members}
+    variants = [name for name in TEACHER_VARIANTS if name in named]
+    compared = [name for name in variants if name != TEACHER_BASELINE]
+    times = [["contest", *variants, *(f"{TEACHER_BASELINE} / {name}" for name in compared)]]
+    memory = [["contest", *variants]]
+    for members in contests:
+        by_variant = {row.variant: row for row in members}
+        medians = {name: row.median for name, row in by_variant.items()}
+        base = medians.get(TEACHER_BASELINE)
+        ratios = [f"{base / medians[name]:.2f}" if base and medians.get(name) else "" for name in compared]
+        own = [by_variant[name].time_text if name in by_variant else "" for name in variants]
+        times.append([members[0].contest, *own, *ratios])
+        own = [by_variant[name].memory_text if name in by_variant else "" for name in variants]
+        memory.append([members[0].contest, *own])
+    return (
+        "Time, ms, of one joint input; sdpa-half supervises the block at half depth, above which none runs\n\n"
+        f"{_markdown(times)}\n\nPeak memory over the weights and inputs, MiB\n\n{_markdown(memory)}"
     )
 
 

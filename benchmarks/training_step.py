@@ -16,16 +16,13 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import (
-    BertConfig,
-    BertModel,
-    DebertaV2Config,
-    DebertaV2Model,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
 from benchmarks.contest import DTYPES, FUSED
+from benchmarks.teacher import encoder
 from idrm.arguments import InteractionArguments
 from idrm.capture import QueryKeyCapture, Teacher
 from idrm.collator import InteractionInputs, PairCollator
@@ -58,8 +55,6 @@ STUDENTS = {
     },
 }
 LAYERS = {"small": 8, "llama-3-8b": 32}
-# The shapes of all-MiniLM-L6 and of deberta-v3-large.
-TEACHERS = ("minilm", "deberta-large")
 # One unit in so many holds two tokens of the student's, another two of the teacher's: as in HH pairs, 95% hold one.
 MERGED_EVERY = 40
 
@@ -214,38 +209,10 @@ def _models(
                     use_cache=False,  # as the Trainer has it
                 )
             )
-            teacher_model = _teacher(teacher, 2 * MOST_TOKENS)
+            teacher_model = encoder(teacher, 2 * MOST_TOKENS)
     finally:
         torch.set_default_dtype(default)
     return student_model.train(), Teacher(teacher_model, tokenizer), PairCollator(tokenizer, tokenizer)
-
-
-def _teacher(name: str, positions: int) -> BertModel | DebertaV2Model:
-    if name == "minilm":
-        config = BertConfig(
-            hidden_size=384,
-            intermediate_size=1536,
-            num_hidden_layers=6,
-            num_attention_heads=12,
-            max_position_embeddings=positions,
-        )
-        return BertModel(config, add_pooling_layer=False)
-    config = DebertaV2Config(
-        vocab_size=128100,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        max_relative_positions=-1,
-        position_biased_input=False,
-        type_vocab_size=0,
-    )
-    return DebertaV2Model(config)
 
 
 def _pair(contest: StepContest) -> dict[str, Any]:

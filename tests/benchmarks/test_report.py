@@ -73,6 +73,18 @@ def test_a_steps_additions_are_paired_by_rounds_and_scaled_to_all_layers(steps):
     )
 
 
+def test_a_teachers_times_are_compared_with_eagers(fake_contest):
+    measured = {
+        "sdpa": Measurement([0.2, 0.2, 0.2], peak_bytes=30 << 20),
+        "eager": Measurement([0.5, 0.5, 0.5], peak_bytes=300 << 20),
+        "sdpa-half": Measurement(failure="the half is wrong"),
+    }
+    text = tables([of(fake_contest(suite="teacher"), name, measurement) for name, measurement in measured.items()])
+    assert "| contest | eager | sdpa | sdpa-half | eager / sdpa | eager / sdpa-half |" in text
+    assert "| fake-2x64 | 500 ±0% | 200 ±0% | wrong | 2.50 |  |" in text
+    assert "| fake-2x64 | 300 | 30.0 | wrong |" in text
+
+
 def test_exponents_are_those_of_the_largest_sizes(fake_contest):
     assert exponent([(n, 3e-9 * n**2) for n in (512, 1024, 2048, 4096)]) == pytest.approx(2)
     assert exponent([(64, 100.0), (512, 1.0), (1024, 2.0), (2048, 4.0)]) == pytest.approx(1)
