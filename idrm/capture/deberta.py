@@ -76,7 +76,7 @@ class DebertaFamily:
         if attn_implementation == "flashdeberta":
             self._require_flashdeberta(None)
         self._project = _project_v1 if model.config.model_type == "deberta" else _project_v2
-        self._attentions = {layer: model.encoder.layer[layer].attention.self for layer in layers}
+        self._blocks = {layer: model.encoder.layer[layer] for layer in layers}
         self._slot_tables: dict[tuple[int, torch.device], _SlotTable] = {}
         if attn_implementation != "eager":
             # What the blocks are handed: the mask of the tokens, and none of the (tokens, tokens) differences.
@@ -84,6 +84,8 @@ class DebertaFamily:
             model.encoder.get_rel_pos = lambda *args, **kwargs: None
             for block in model.encoder.layer:
                 block.attention.self.forward = functools.partial(self._attend, block.attention.self)
+        # Of the highest supervised block only what enters it is read.
+        model.encoder.layer[max(layers)].forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
 
     @classmethod
     def blocks(cls, model: PreTrainedModel) -> nn.ModuleList:
@@ -104,13 +106,13 @@ class DebertaFamily:
             model_inputs, token_index = _padded_right(model_inputs, token_index)
         hidden_states: dict[int, Tensor] = {}
         with contextlib.ExitStack() as hooks:
-            for layer, attention in self._attentions.items():
+            for layer, block in self._blocks.items():
 
                 def keep(module, args, kwargs, layer=layer):
                     hidden = args[0] if args else kwargs["hidden_states"]
                     hidden_states[layer] = hidden.flatten(0, 1)[token_index]
 
-                hooks.enter_context(attention.register_forward_pre_hook(keep, with_kwargs=True))
+                hooks.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
             # As the model's forward does, which besides has the encoder keep what every block returns.
             mask = model_inputs["attention_mask"]
             embedded = self._model.embeddings(
@@ -123,8 +125,8 @@ class DebertaFamily:
             slots = self._slots(mask.shape[1], token_index.device)
             embeddings = self._model.encoder.get_rel_embedding()[slots.first : slots.last + 1]
         packed = {}
-        for layer, attention in self._attentions.items():
-            own = self._project(attention, hidden_states[layer], embeddings)
+        for layer, block in self._blocks.items():
+            own = self._project(block.attention.self, hidden_states[layer], embeddings)
             scale = own.softmax_scale
             bias = None
             if own.pos_key is not None or own.pos_query is not None:

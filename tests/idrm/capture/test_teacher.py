@@ -257,6 +257,17 @@ def test_layers_above_the_highest_supervised_one_are_left_out(name, tokenizer):
     assert torch.equal(teacher.attention(inputs)[0].q, whole.q)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["v1 c2p p2c", "v2 convolution"])
+def test_debertas_highest_supervised_block_is_entered_and_not_run(name, implementation, tokenizer):
+    model, ran = build(CONFIGS[name]), []
+    for layer, block in enumerate(model.encoder.layer):
+        block.attention.register_forward_hook(lambda *arguments, layer=layer: ran.append(layer))
+    teacher = Teacher(model, tokenizer, [0, -1], implementation)
+    assert len(teacher.attention(interaction_inputs(CONFIGS[name], [(9, 4)]))) == 2
+    assert ran == [0, 1]
+
+
 @pytest.mark.parametrize("name", ["bert", "v1 c2p p2c", "v2 share_att_key"])
 def test_the_teachers_dtype_is_its_own(name, tokenizer):
     inputs, layout = interaction_inputs(CONFIGS[name], [(9, 4)]), layout_of([(9, 4)])
