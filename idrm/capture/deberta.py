@@ -82,7 +82,7 @@ class DebertaFamily:
         v1 = model.config.model_type == "deberta"
         self._project_content = _project_content_v1 if v1 else _project_content_v2
         self._project_positions = _project_positions_v1 if v1 else _project_positions_v2
-        self._attentions = {layer: model.encoder.layer[layer].attention.self for layer in layers}
+        self._blocks = {layer: model.encoder.layer[layer] for layer in layers}
         self._slot_tables: dict[tuple[int, torch.device], _SlotTable] = {}
         self._positions: dict[tuple[int, int, torch.dtype, torch.device], _Positions] = {}
         if attn_implementation != "eager":
@@ -91,6 +91,8 @@ class DebertaFamily:
             model.encoder.get_rel_pos = lambda *args, **kwargs: None
             for block in model.encoder.layer:
                 block.attention.self.forward = functools.partial(self._attend, block.attention.self)
+        # Of the highest supervised block only what enters it is read.
+        model.encoder.layer[max(layers)].forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
 
     @classmethod
     def blocks(cls, model: PreTrainedModel) -> nn.ModuleList:
@@ -111,13 +113,13 @@ class DebertaFamily:
             model_inputs, token_index = _padded_right(model_inputs, token_index)
         hidden_states: dict[int, Tensor] = {}
         with contextlib.ExitStack() as hooks:
-            for layer, attention in self._attentions.items():
+            for layer, block in self._blocks.items():
 
                 def keep(module, args, kwargs, layer=layer):
                     hidden = args[0] if args else kwargs["hidden_states"]
                     hidden_states[layer] = hidden.flatten(0, 1)[token_index]
 
-                hooks.enter_context(attention.register_forward_pre_hook(keep, with_kwargs=True))
+                hooks.enter_context(block.register_forward_pre_hook(keep, with_kwargs=True))
             # As the model's forward does, which besides has the encoder keep what every block returns.
             mask = model_inputs["attention_mask"]
             embedded = self._model.embeddings(
@@ -125,8 +127,8 @@ class DebertaFamily:
             )
             self._model.encoder(embedded, mask, output_hidden_states=False)
         packed = {}
-        for layer, attention in self._attentions.items():
-            q, k, _ = self._project_content(attention, hidden_states[layer])
+        for layer, block in self._blocks.items():
+            q, k, _ = self._project_content(block.attention.self, hidden_states[layer])
             packed[layer] = self.packed(layer, q, k, positions, span)
         return packed
 
@@ -151,7 +153,7 @@ class DebertaFamily:
             embeddings = None
             if slots is not None:
                 embeddings = self._model.encoder.get_rel_embedding()[slots.first : slots.last + 1]
-            self._positions[key] = self._project_positions(self._attentions[layer], embeddings).to(like)
+            self._positions[key] = self._project_positions(self._blocks[layer].attention.self, embeddings).to(like)
         return self._positions[key]
 
     def _attend(

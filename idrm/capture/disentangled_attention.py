@@ -6,8 +6,8 @@ transformers holds several of them for every block. Here DeBERTa's score (DESIGN
 
 is taken into torch's attention as a bias, for a chunk of query rows at a time, on any device; or the kernel of the
 flashdeberta package computes it on a GPU. Measured on two CPU cores, for one example of 2048 tokens, 16 heads of size
-64 and 512 slots in float32: a block's attention takes 0.31 s in chunks, 1.05 s as transformers computes it; torch's
-flex_attention takes 0.31 s where it is compiled, which asks for a compiler and 9 s, and 1.6 s where it is not.
+64 and 512 slots in float32: a block's attention takes 0.3 s in chunks and 1.1 s as transformers computes it; torch's
+flex_attention takes 0.3 s where it is compiled, which asks for a compiler and 9 s, and 1.6 s where it is not.
 """
 
 from __future__ import annotations

@@ -85,7 +85,8 @@ FAMILIES: tuple[type[TeacherFamily], ...] = (BertFamily, DebertaFamily, ModernBe
 class Teacher:
     """A frozen encoder that yields its attention, never as maps, for the supervised layers.
 
-    Deliberately no nn.Module: it belongs to no optimiser, no ZeRO partition and no checkpoint.
+    Deliberately no nn.Module: it belongs to no optimiser, no ZeRO partition and no checkpoint. The model that it is
+    made of becomes its own, and does no longer what it did: blocks are left out, and attention is replaced.
 
     Attributes:
         tokenizer: its fast tokenizer.

@@ -42,7 +42,7 @@ def test_variants_agree(tiny, shape):
 def test_half_depth_runs_half_the_blocks(tiny):
     contest, ran = tiny("deberta-large"), []
     for layer, block in enumerate(teacher._model(contest).encoder.layer):
-        block.register_forward_hook(lambda *arguments, layer=layer: ran.append(layer))
+        block.register_forward_pre_hook(lambda *arguments, layer=layer: ran.append(layer))
     calls = contest.variants(("sdpa", HALF))
     calls["sdpa"]()
     assert ran == [0, 1, 2, 3, 4, 5]

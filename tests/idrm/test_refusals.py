@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoTokenizer, BertForSequenceClassification
+from transformers import AutoTokenizer, BertForSequenceClassification, ModernBertConfig
 
 from idrm.train import main
 
@@ -185,8 +185,15 @@ def test_models_that_are_not_there(refused):
     assert "teacher '/no/where': no such folder" in refused(teacher_name_or_path="/no/where")
 
 
-def test_a_student_that_is_an_encoder(refused, teacher_path):
+def test_a_student_that_is_an_encoder(refused, teacher_path, tmp_path):
     assert "is an encoder (bert)" in refused(model_name_or_path=teacher_path)
+    ModernBertConfig().save_pretrained(tmp_path / "modernbert")
+    assert "is an encoder (modernbert)" in refused(model_name_or_path=tmp_path / "modernbert")
+
+
+def test_a_teachers_attention_that_is_unknown(refused):
+    line = refused(teacher_attn_implementation="flashdeberta")
+    assert "teacher: attention implementation 'flashdeberta' is unknown; expected one of eager, sdpa, " in line
 
 
 @pytest.mark.parametrize("whose", ["model", "teacher"])

@@ -1,7 +1,9 @@
 """A teacher's packed attention equals transformers' own probabilities, restricted to content tokens."""
 
+import contextlib
 import copy
 import functools
+import importlib.util
 import json
 import logging
 from types import SimpleNamespace
@@ -307,6 +309,17 @@ def test_layers_above_the_highest_supervised_one_are_left_out(name, tokenizer):
     assert torch.equal(teacher.attention(inputs)[0].q, whole.q)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["v1 c2p p2c", "v2 convolution"])
+def test_debertas_highest_supervised_block_is_entered_and_not_run(name, implementation, tokenizer):
+    model, ran = build(CONFIGS[name]), []
+    for layer, block in enumerate(model.encoder.layer):
+        block.attention.register_forward_hook(lambda *arguments, layer=layer: ran.append(layer))
+    teacher = Teacher(model, tokenizer, [0, -1], implementation)
+    assert len(teacher.attention(interaction_inputs(CONFIGS[name], [(9, 4)]))) == 2
+    assert ran == [0, 1]
+
+
 @pytest.mark.parametrize("name", ["bert", "v1 c2p p2c", "v2 share_att_key"])
 def test_the_teachers_dtype_is_its_own(name, tokenizer):
     inputs, layout = interaction_inputs(CONFIGS[name], [(9, 4)]), layout_of([(9, 4)])
@@ -467,6 +480,30 @@ def test_flashdeberta_is_handed_what_it_reads(name, padding_side, tokenizer, mon
         (attention,) = Teacher(build(config), tokenizer, [-1], implementation).attention(inputs)
         assert bool(calls) == used
         torch.testing.assert_close(attention.q, expected[0].q, rtol=0, atol=1e-10)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flashdeberta") is None, reason="flashdeberta is not installed")
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("name", [name for name in DEBERTAS if not name.endswith(("plain", "no terms"))])
+def test_flashdeberta_gives_the_queries_of_eager_attention(name, padding_side, tokenizer, monkeypatch):
+    """The real kernel, without a GPU in Triton's interpreter, behind the attention of two blocks."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+        monkeypatch.setattr(deberta, "flashdeberta_obstacle", lambda dtype, head_dim, device: None)
+    config = copy.deepcopy(CONFIGS[name])
+    config.update({"num_attention_heads": 2})  # of size 16, the least that its products take
+    inputs = interaction_inputs(config, [(20, 31), (9, 4)], padding_side)
+    for field, value in vars(inputs).items():
+        setattr(inputs, field, value.to(device))
+
+    def queries(implementation, dtype):
+        rounded = build(config).half().to(device, dtype)
+        return Teacher(rounded, tokenizer, [-1], implementation).attention(inputs)[0].q
+
+    keys = ("eager", torch.float64), ("eager", torch.float16), ("flashdeberta", torch.float16)
+    exact, eager, kernel = (queries(*key) for key in keys)
+    assert (kernel.double() - exact).abs().max() <= error_bound(eager, exact, torch.finfo(torch.float16).eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
