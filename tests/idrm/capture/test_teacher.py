@@ -495,7 +495,7 @@ def test_flashdeberta_gives_the_queries_of_eager_attention(name, padding_side, t
     config.update({"num_attention_heads": 2})  # of size 16, the least that its products take
     inputs = interaction_inputs(config, [(20, 31), (9, 4)], padding_side)
     for field, value in vars(inputs).items():
-        setattr(inputs, field, value.to(device))
+        setattr(inputs, field, value.to(device) if isinstance(value, torch.Tensor) else value)
 
     def queries(implementation, dtype):
         rounded = build(config).half().to(device, dtype)
