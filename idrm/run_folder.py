@@ -12,16 +12,13 @@ from typing import Any
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
-from idrm.arguments import RUN_FILE, RunConfiguration, own_argument_names
+from idrm.command_line import RUN_FILE, TrainingRun
 from idrm.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Own arguments that a resumed run may change: none of them changes the weights that come out.
-_FREE_TO_CHANGE = ("eval_dataset_name", "eval_dataset_split", "kernel_impl", "dataset_num_proc")
 
-
-def resume_checkpoint(config: RunConfiguration) -> Path | None:
+def resume_checkpoint(config: TrainingRun) -> Path | None:
     """The checkpoint to go on from, or None to start at the first step.
 
     A checkpoint counts once its trainer state is there, which is written last: one that a killed run left half-written
@@ -60,7 +57,7 @@ def resume_checkpoint(config: RunConfiguration) -> Path | None:
     return max(complete, key=lambda path: int(re.search(r"\d+$", path.name)[0]))
 
 
-def write_run_file(config: RunConfiguration) -> None:
+def write_run_file(config: TrainingRun) -> None:
     """Writes run.yaml, which `--config` reads back, through a temporary name."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
     temporary = config.output_dir / f".{RUN_FILE}-{os.getpid()}"
@@ -77,20 +74,21 @@ def _require_writable(folder: Path) -> None:
         raise InputError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from error
 
 
-def _require_same_run(path: Path, config: RunConfiguration) -> None:
+def _require_same_run(path: Path, config: TrainingRun) -> None:
     try:
         before: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
-    for name in own_argument_names():
-        if name not in _FREE_TO_CHANGE and before.get(name) != config.recorded[name]:
+    own = config.own_argument_names()
+    for name in own:
+        if name not in config.free_to_change and before.get(name) != config.recorded[name]:
             raise InputError(
                 f"--output_dir {config.output_dir}: holds another run, with {name} {before.get(name)!r} and not "
                 f"{config.recorded[name]!r}; give another folder"
             )
     changed = sorted(
         name
-        for name in (before.keys() | config.recorded.keys()) - set(own_argument_names())
+        for name in (before.keys() | config.recorded.keys()) - set(own)
         if before.get(name) != config.recorded.get(name)
     )
     if changed:
