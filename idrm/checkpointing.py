@@ -44,3 +44,8 @@ class CheckpointingTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # Next, the first rank writes the trainer state.
         self.accelerator.wait_for_everyone()
+
+    def report(self, split: str, metrics: dict[str, float]) -> None:
+        """Prints the metrics of a split and saves them, also to all_results.json."""
+        self.log_metrics(split, metrics)
+        self.save_metrics(split, metrics)

@@ -182,6 +182,19 @@ def require_at_least(values: dict[str, Any], lowest: dict[str, float]) -> None:
             raise InputError(f"--{flag}: expected at least {bound}, got {values[flag]}")
 
 
+def length_within(flag: str, asked: int | None, limit: int | None, default: int) -> int:
+    """The length that a flag asks of a model, or the default, or the model's limit where that is lower.
+
+    Raises:
+        InputError: more was asked than the model reads.
+    """
+    if asked is None:
+        return default if limit is None else min(default, limit)
+    if limit is not None and asked > limit:
+        raise InputError(f"--{flag} {asked}: the model reads {limit} tokens at most")
+    return asked
+
+
 def require_defaults(values: dict[str, Any], defaults: dict[str, Any], flags: Iterable[str], what: str) -> None:
     """Refuses, of these flags of transformers', one that was given although it would do nothing for `what`."""
     for flag in flags:

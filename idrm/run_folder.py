@@ -58,11 +58,16 @@ def resume_checkpoint(config: TrainingRun) -> Path | None:
 
 
 def write_run_file(config: TrainingRun) -> None:
-    """Writes run.yaml, which `--config` reads back, through a temporary name."""
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = config.output_dir / f".{RUN_FILE}-{os.getpid()}"
-    temporary.write_text(yaml.safe_dump(config.recorded, sort_keys=True, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, config.output_dir / RUN_FILE)
+    """Writes run.yaml, which `--config` reads back."""
+    write_whole(config.output_dir / RUN_FILE, yaml.safe_dump(config.recorded, sort_keys=True, allow_unicode=True))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file through a temporary name, so that it is whole or not there; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _require_writable(folder: Path) -> None:

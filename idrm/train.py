@@ -31,6 +31,7 @@ from idrm.arguments import (
 )
 from idrm.capture import Teacher, resolve_layers
 from idrm.collator import PairCollator
+from idrm.command_line import length_within
 from idrm.errors import InputError
 from idrm.interaction import InteractionLoss
 from idrm.metrics import INTERACTION_METRICS, PREFERENCE_METRICS
@@ -106,10 +107,10 @@ def train(config: RunConfiguration) -> None:
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     trainer.save_state()
-    _report(trainer, "train", {**outcome.metrics, "train_pairs": len(train_set)})
+    trainer.report("train", {**outcome.metrics, "train_pairs": len(train_set)})
     for name, pairs in eval_sets.items():
         split = f"eval_{name}" if name else "eval"
-        _report(trainer, split, trainer.evaluate(pairs, metric_key_prefix=split))
+        trainer.report(split, trainer.evaluate(pairs, metric_key_prefix=split))
     logger.info("The reward model is in %s", config.output_dir)
     trainer.accelerator.end_training()
 
@@ -152,20 +153,14 @@ def _require_known_metric(metric: str | None, eval_sources: Iterable[str], with_
 def _pair_encoder(
     config: RunConfiguration, tokenizer: PreTrainedTokenizerBase, teacher: Teacher | None, student_limit: int | None
 ) -> PairEncoder:
-    max_length = _length("max_length", config.data.max_length, student_limit, DEFAULT_MAX_LENGTH)
+    max_length = length_within("max_length", config.data.max_length, student_limit, DEFAULT_MAX_LENGTH)
     if teacher is None:
         return PairEncoder(tokenizer, None, max_length=max_length, teacher_max_length=DEFAULT_TEACHER_MAX_LENGTH)
     default = teacher.max_length or DEFAULT_TEACHER_MAX_LENGTH
-    teacher_max_length = _length("teacher_max_length", config.data.teacher_max_length, teacher.max_length, default)
+    teacher_max_length = length_within(
+        "teacher_max_length", config.data.teacher_max_length, teacher.max_length, default
+    )
     return PairEncoder(tokenizer, teacher.tokenizer, max_length=max_length, teacher_max_length=teacher_max_length)
-
-
-def _length(flag: str, asked: int | None, limit: int | None, default: int) -> int:
-    if asked is None:
-        return default if limit is None else min(default, limit)
-    if limit is not None and asked > limit:
-        raise InputError(f"--{flag} {asked}: the model reads {limit} tokens at most")
-    return asked
 
 
 def _encoded_pairs(
@@ -181,12 +176,6 @@ def _encoded_pairs(
     sequences = zip(pairs["chosen_input_ids"], pairs["rejected_input_ids"], strict=True)
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in sequences]
     return pairs.add_column(args.length_column_name, lengths)
-
-
-def _report(trainer: RewardTrainer, split: str, metrics: dict[str, float]) -> None:
-    """Prints the metrics and saves them, also to all_results.json."""
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
 
 
 if __name__ == "__main__":
