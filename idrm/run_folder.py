@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 def resume_checkpoint(config: TrainingRun) -> Path | None:
     """The checkpoint to go on from, or None to start at the first step.
 
-    A checkpoint counts once its trainer state is there, which is written last: one that a killed run left half-written
-    is passed over.
+    A checkpoint counts once its trainer state is there and whole, which is written last: one that a killed run left
+    half-written is passed over.
 
     Raises:
         InputError: the folder cannot be written to, or holds another run, or a run that --resume_from_checkpoint was
@@ -47,10 +48,10 @@ def resume_checkpoint(config: TrainingRun) -> Path | None:
         return None
     if wanted.lower() != "true":
         checkpoint = Path(wanted).expanduser()
-        if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        if not _is_complete(checkpoint):
             raise InputError(f"--resume_from_checkpoint {wanted}: expected a folder with {TRAINER_STATE_NAME}")
         return checkpoint
-    complete = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    complete = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
     if not complete:
         logger.info("No complete checkpoint in %s: starting at the first step.", folder)
         return None
@@ -68,6 +69,14 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _require_writable(folder: Path) -> None:

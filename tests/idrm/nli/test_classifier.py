@@ -9,7 +9,6 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertForSequenceClassification,
 )
 
 from idrm.capture import Teacher
@@ -58,15 +57,14 @@ def test_pooling_is_the_one_written_by_hand(save_encoder, encoder_type, pooling)
     with torch.no_grad():
         logits = model(**batch).logits
         states = model.base_model(**batch, output_hidden_states=True).hidden_states[-1]
-        if encoder_type == "modernbert":  # its last norm comes after its last hidden state
-            states = model.base_model.final_norm(states)
         mask = batch["attention_mask"].double()
         mean = torch.stack([row[: int(length)].mean(0) for row, length in zip(states, mask.sum(1), strict=True)])
         expected = logits_by_hand(model, mean if pooling == "mean" else states[:, 0])
         torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
         assert (logits[0] - logits[1]).abs().max() > 1e-3
         alone = {name: value[1:, : int(mask[1].sum())] for name, value in batch.items()}
-        torch.testing.assert_close(model(**alone).logits, logits[1:], rtol=1e-9, atol=1e-9)
+        rounding = 1e-5 if encoder_type == "modernbert" else 1e-9  # its rotary angles are float32
+        torch.testing.assert_close(model(**alone).logits, logits[1:], rtol=rounding, atol=rounding)
 
 
 def test_mean_pooling_without_a_mask_takes_all_tokens(save_encoder):
@@ -80,14 +78,14 @@ def test_mean_pooling_without_a_mask_takes_all_tokens(save_encoder):
 
 def test_a_step_of_training_and_what_is_saved(save_encoder, encoder_type, make_trainer, tmp_path, caplog):
     folder = save_encoder(encoder_type)
-    trainer = make_trainer(folder, "--max_steps", 1, "--learning_rate", "1e-3", "--save_strategy", "no", pooling="mean")
+    flags = ("--max_steps", 1, "--warmup_steps", 0, "--learning_rate", "1e-3", "--save_strategy", "no")
+    trainer = make_trainer(folder, *flags, pooling="mean")
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_pairs"] == 29
-    changed = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
-    assert {name.split(".")[-2] for name in changed} >= {"word_embeddings" if encoder_type != "modernbert" else "Wo"}
-    assert any("classifier" in name for name in changed)
+    same = [name for name, weight in trainer.model.named_parameters() if torch.equal(weight, before[name])]
+    assert [name for name in same if "position_embeddings" not in name and "token_type" not in name] == []
     trainer.save_model()
     out = tmp_path / "out"
     assert not list(out.rglob("*.bin"))
@@ -140,7 +138,7 @@ def test_a_head_for_other_labels_makes_room(save_encoder, encoder_type, others, 
     assert {name.removeprefix("classifier.").removeprefix("out_proj.") for name in changed} <= {"weight", "bias"}
     assert model.eval()(**padded_batch(folder)).logits.shape == (2, 3)
     output = model.classifier.out_proj if hasattr(model.classifier, "out_proj") else model.classifier
-    assert output.weight.std() == pytest.approx(model.config.initializer_range, rel=0.3)
+    assert output.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.3)
     assert not output.bias.any()
 
 
@@ -203,7 +201,7 @@ def test_a_tokenizer_pads_on_the_right_or_is_refused(save_encoder):
 
 
 def test_saving_over_a_teacher_leaves_a_whole_one(save_encoder, tmp_path):
-    folder = save_encoder("bert", BertForSequenceClassification)
+    folder = save_encoder("bert", AutoModelForSequenceClassification)
     shutil.copytree(folder, tmp_path / "saved")
     model, tokenizer = load(folder), load_classifier_tokenizer(str(folder))
     save_model(model, tokenizer, tmp_path / "saved")
