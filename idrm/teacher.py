@@ -72,6 +72,8 @@ def train(config: TeacherConfiguration) -> None:
     encoder_config = load_classifier_config(name)
     tokenizer = load_classifier_tokenizer(name)
     args = prepare_training(config, "idrm/teacher.py")
+    if encoder_config.model_type == "deberta" and (args.bf16 or args.fp16):
+        raise InputError("--bf16, --fp16: transformers' DeBERTa v1 fails under autocast; leave it in float32")
     length = _max_length(config, encoder_config)
 
     with args.main_process_first(desc="reading the data"):
@@ -81,7 +83,9 @@ def train(config: TeacherConfiguration) -> None:
             which: _encoded(config, which, part, tokenizer, encoder_config, length, args.length_column_name)
             for which, part in sets.items()
         }
-    train_set, eval_set = encoded.pop("train"), encoded.pop("eval")
+    train_set = encoded.pop("train")
+    # Batches of equal lengths hold little padding, and the longest come first, in case they are too much.
+    encoded = {which: part.sort(args.length_column_name, reverse=True) for which, part in encoded.items()}
     _require_known_metric(args.metric_for_best_model, labels)
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train_set) < batch:
@@ -97,7 +101,7 @@ def train(config: TeacherConfiguration) -> None:
         ),
         args,
         train_set,
-        eval_set,
+        encoded["eval"],
         processing_class=tokenizer,
         labels=labels,
         early_stopping_patience=args.early_stopping_patience,
@@ -115,7 +119,7 @@ def train(config: TeacherConfiguration) -> None:
     trainer.accelerator.wait_for_everyone()
     trainer.save_state()
     trainer.report("train", {**outcome.metrics, "train_pairs": len(train_set)})
-    for which, part in {"eval": eval_set, **encoded}.items():
+    for which, part in encoded.items():
         trainer.report(which, trainer.evaluate(part, metric_key_prefix=which))
     logger.info("The teacher is in %s", config.output_dir)
     trainer.accelerator.end_training()

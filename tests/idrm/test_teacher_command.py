@@ -115,13 +115,11 @@ def test_the_teacher_is_the_best_checkpoint(plain):
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(plain).items())
 
 
-def test_two_ranks_under_zero3_are_one_plain_process(tmp_path, train, flags, plain):
-    run = train(
-        tmp_path / "out",
-        *("--deepspeed", "ds_zero3.json", *flags, "--per_device_train_batch_size", 4),
-        ranks=2,
-        script=SCRIPT,
-    )
+def test_two_ranks_under_zero3_are_one_plain_process(tmp_path, train, run_here, flags):
+    flags = (*flags, "--num_train_epochs", 1, "--eval_steps", 6)
+    plain = run_here(tmp_path / "plain", *flags, "--per_device_train_batch_size", 8)
+    flags = ("--deepspeed", "ds_zero3.json", *flags, "--per_device_train_batch_size", 4)
+    run = train(tmp_path / "out", *flags, ranks=2, script=SCRIPT)
     assert run.returncode == 0, run.errors
     assert run.errors.count("makes room for one for entailment, neutral, contradiction") == 1
     assert run.errors.rstrip().splitlines()[-1].endswith(f"The teacher is in {run.folder}")
@@ -239,6 +237,10 @@ def test_bad_input_is_one_line(refused, tmp_path, student_path, eval_nli_path):
     assert "--report_to no_such_tracker" in refused(report_to="no_such_tracker")
     assert "make no batch of 512" in refused(dataloader_drop_last="true", per_device_train_batch_size=512)
     assert "--model_name_or_path ./nowhere: no such folder" in refused(model_name_or_path="./nowhere")
+
+
+def test_deberta_v1_in_half_precision(refused, save_encoder):
+    assert "DeBERTa v1 fails under autocast" in refused(model_name_or_path=save_encoder("deberta"), bf16="true")
 
 
 def test_a_folder_that_holds_another_run(refused, plain, tmp_path, eval_nli_path):
