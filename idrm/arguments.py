@@ -1,29 +1,27 @@
-"""What a run is told: every flag with its default and meaning, and the merging of a YAML file with the command line."""
+"""What a reward model's run is told: every flag with its default and meaning, and which of them contradict others."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
-import sys
-from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
+from idrm.command_line import RUN_FILE as RUN_FILE
+from idrm.command_line import (
+    FlagParser,
+    TrainingRun,
+    fields_of,
+    named_sets,
+    recorded_values,
+    require_at_least,
+    require_defaults,
+    require_saving_deepspeed,
+)
 from idrm.errors import InputError
 
-RUN_FILE = "run.yaml"
-# Facts of one launch, and secrets: not part of the run that run.yaml describes.
-_NOT_RECORDED = (
-    *("config", "local_rank", "resume_from_checkpoint", "hub_token"),
-    *("embedded_seeds", "embedded_control"),
-)
+_NOT_RECORDED = ("embedded_seeds", "embedded_control")
 # transformers' arguments that would do nothing here, or leave evaluation without its metrics.
 _INAPPLICABLE = ("label_smoothing_factor", "prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches")
 
@@ -268,56 +266,31 @@ class RewardTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False
 
 
-_OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments)
-
-
 @dataclass(frozen=True)
-class RunConfiguration:
+class RunConfiguration(TrainingRun[RewardTrainingArguments]):
     """One run as its user described it, before anything was loaded.
 
     Attributes:
         model, data, interaction: our own arguments, checked against one another.
         embedded: what only the embedded demonstration reads.
-        training: the values of RewardTrainingArguments, which initialises devices and processes when it is built.
-        given: the arguments that the command line or the YAML file names, with their values.
-        recorded: what run.yaml says: all our own arguments and every other one that differs from its default.
     """
 
     model: ModelArguments
     data: DataArguments
     interaction: InteractionArguments
     embedded: EmbeddedArguments
-    training: dict[str, Any]
-    given: dict[str, Any]
-    recorded: dict[str, Any]
+
+    training_kind = RewardTrainingArguments
+    own_arguments = (ModelArguments, DataArguments, InteractionArguments)
+    free_to_change = (
+        *("eval_dataset_name", "eval_dataset_split", "kernel_impl", "dataset_num_proc"),
+        "teacher_cache_max_gb",
+    )
 
     @property
     def is_embedded(self) -> bool:
         """Whether neither a model nor data is named: the embedded demonstration."""
         return self.model.model_name_or_path is None and self.data.dataset_name is None
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.training["output_dir"]).expanduser()
-
-    def training_arguments(self) -> RewardTrainingArguments:
-        """Builds RewardTrainingArguments, and with them the process group and DeepSpeed's configuration."""
-        try:
-            args = RewardTrainingArguments(**self.training)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"training arguments: {' '.join(str(error).split())}") from error
-        if args.deepspeed and args.hf_deepspeed_config.mismatches:
-            # transformers would say so too, but only once it trains.
-            mismatches = "; ".join(mismatch.removeprefix("- ") for mismatch in args.hf_deepspeed_config.mismatches)
-            raise InputError(f'--deepspeed: contradicts the flags ({mismatches}); write "auto" there')
-        return args
-
-
-class _Parser(HfArgumentParser):
-    """Raises InputError where argparse prints its usage, which is 700 lines long here."""
-
-    def error(self, message: str):
-        raise InputError(message)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> RunConfiguration:
@@ -326,95 +299,32 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfiguration:
     Raises:
         InputError: an unknown flag or YAML key, a value of the wrong kind, or arguments that contradict one another.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(
-        (*_OWN_ARGUMENTS, EmbeddedArguments, RewardTrainingArguments), prog="idrm train", allow_abbrev=False
-    )
-    parser.add_argument("--config", metavar="RUN.YAML", help="YAML file with values for any of these flags.")
-    config_parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    path = config_parser.parse_known_args(argv)[0].config
-    # argparse leaves alone what the namespace has already: what is still unset then was not given.
-    unset = object()
-    names = [action.dest for action in parser._actions]
-    tokens = [*(_yaml_tokens(path, parser) if path else []), *argv]
-    given = vars(parser.parse_args(tokens, Namespace(**dict.fromkeys(names, unset))))
-    given = {name: value for name, value in given.items() if value is not unset}
-    values = vars(parser.parse_args(tokens))
-
-    model, data, interaction, embedded = (
-        kind(**_fields_of(kind, values)) for kind in (*_OWN_ARGUMENTS, EmbeddedArguments)
-    )
-    own, defaults = own_argument_names(), vars(parser.parse_args([]))
+    kinds = (*RunConfiguration.own_arguments, EmbeddedArguments)
+    parser = FlagParser((*kinds, RewardTrainingArguments), "idrm train", named=("eval_dataset_name",))
+    values, given = parser.values(argv)
+    model, data, interaction, embedded = (kind(**fields_of(kind, values)) for kind in kinds)
+    defaults = parser.defaults()
     _check(model, data, interaction, values, defaults)
     _check_embedded(model, data, embedded, given)
-    recorded = {
-        name: value
-        for name, value in values.items()
-        if name not in _NOT_RECORDED and (name in own or value != defaults[name])
-    }
-    training = _fields_of(RewardTrainingArguments, values)
-    return RunConfiguration(model, data, interaction, embedded, training, given, recorded)
+    return RunConfiguration(
+        training=fields_of(RewardTrainingArguments, values),
+        given=given,
+        recorded=recorded_values(values, defaults, RunConfiguration.own_argument_names(), _NOT_RECORDED),
+        model=model,
+        data=data,
+        interaction=interaction,
+        embedded=embedded,
+    )
 
 
 def own_argument_names() -> list[str]:
     """Names of the arguments that are this project's and not transformers'."""
-    return [entry.name for kind in _OWN_ARGUMENTS for entry in fields(kind)]
+    return RunConfiguration.own_argument_names()
 
 
 def named_evaluation_sets(names: Sequence[str] | None) -> dict[str, str]:
-    """Splits name=path entries into {name: path}; one entry without a name has the name ''.
-
-    A name is what can stand in that of a metric and of a file: letters, digits, "_", "." and "-".
-
-    Raises:
-        InputError: several sets of which one has no name or the same name as another.
-    """
-    named = {}
-    for entry in names or ():
-        name, separator, path = entry.partition("=")
-        if not separator or not re.fullmatch(r"[\w.-]+", name) or os.path.exists(entry):
-            name, path = "", entry
-        if name in named or (not name and len(names) > 1):
-            raise InputError(
-                f"--eval_dataset_name {entry}: expected name=path with a name of its own for each of several"
-            )
-        named[name] = path
-    return named
-
-
-def _fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    return {entry.name: values[entry.name] for entry in fields(kind) if entry.init}
-
-
-def _yaml_tokens(path: str, parser: _Parser) -> list[str]:
-    """The YAML file as command-line tokens, so that argparse checks both alike and the later one wins."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: cannot be read ({error.__class__.__name__})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(f"{path}{f':{mark.line + 1}' if mark else ''}: is not valid YAML") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a mapping of flags to values, found {type(content).__name__}")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    tokens: list[str] = []
-    for key, value in content.items():
-        if key not in known:
-            raise InputError(f"{path}: unknown key {key!r}; keys are the flags of `idrm train --help` without dashes")
-        if value is None:
-            continue
-        if key == "eval_dataset_name" and isinstance(value, dict):
-            value = [f"{name}={source}" for name, source in value.items()]
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        tokens += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    try:
-        parser.parse_args(tokens)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    return tokens
+    """The entries of --eval_dataset_name as {name: path} (`idrm.command_line.named_sets`)."""
+    return named_sets("eval_dataset_name", names)
 
 
 def _check(
@@ -430,27 +340,24 @@ def _check(
     if model.model_name_or_path is not None and data.dataset_name is None:
         raise InputError(f"--model_name_or_path {model.model_name_or_path} needs data: give --dataset_name")
     named_evaluation_sets(data.eval_dataset_name)
-    for flag, value, lowest in (
-        ("alpha", interaction.alpha, 0.0),
-        ("intra_weight", interaction.intra_weight, 0.0),
-        ("inter_weight", interaction.inter_weight, 0.0),
-        ("num_head_groups", interaction.num_head_groups, 1),
-        ("top_blocks", interaction.top_blocks, 1),
-        ("max_length", data.max_length, 8),
-        ("teacher_max_length", data.teacher_max_length, 8),
-        ("teacher_cache_max_gb", model.teacher_cache_max_gb, 0.0),
-        ("dataset_num_proc", data.dataset_num_proc, 1),
-        ("per_device_train_batch_size", values["per_device_train_batch_size"], 1),
-        ("per_device_eval_batch_size", values["per_device_eval_batch_size"], 1),
-        ("gradient_accumulation_steps", values["gradient_accumulation_steps"], 1),
-    ):
-        if value is not None and not lowest <= value < math.inf:
-            raise InputError(f"--{flag}: expected at least {lowest}, got {value}")
-    for flag in _INAPPLICABLE:
-        if values[flag] != defaults[flag]:
-            raise InputError(f"--{flag}: is not for preference pairs; leave it out")
-    if values["fsdp"]:
-        raise InputError("--fsdp: is not there yet; give --deepspeed ds_zero3.json")
+    require_at_least(
+        values,
+        {
+            "alpha": 0.0,
+            "intra_weight": 0.0,
+            "inter_weight": 0.0,
+            "num_head_groups": 1,
+            "top_blocks": 1,
+            "max_length": 8,
+            "teacher_max_length": 8,
+            "teacher_cache_max_gb": 0.0,
+            "dataset_num_proc": 1,
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+        },
+    )
+    require_defaults(values, defaults, _INAPPLICABLE, "preference pairs")
     if interaction.alpha > 0 and interaction.intra_weight == interaction.inter_weight == 0:
         raise InputError("--intra_weight and --inter_weight are both 0: no map counts; give --alpha 0 instead")
     if interaction.top_blocks and (interaction.student_layers or interaction.teacher_layers):
@@ -474,7 +381,7 @@ def _check(
         raise InputError(
             f"--eval_strategy {values['eval_strategy']} needs pairs to evaluate on: give --eval_dataset_name"
         )
-    _check_deepspeed(values["deepspeed"])
+    require_saving_deepspeed(values["deepspeed"])
 
 
 def _check_embedded(model: ModelArguments, data: DataArguments, embedded: EmbeddedArguments, given: dict[str, Any]):
@@ -497,23 +404,3 @@ def paired_layers(interaction: InteractionArguments) -> tuple[list[int], list[in
         top = list(range(-1, -interaction.top_blocks - 1, -1))
         return top, top
     return interaction.student_layers or [-1], interaction.teacher_layers or [-1]
-
-
-def _check_deepspeed(config: str | None) -> None:
-    """Refuses, before hours of training, a DeepSpeed configuration that cannot save a model."""
-    if config is None:
-        return
-    where = "--deepspeed" if config.startswith("{") else config
-    try:
-        content = json.loads(config if config.startswith("{") else Path(config).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--deepspeed {config}: cannot be read ({error.__class__.__name__})") from error
-    except ValueError as error:
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(f"{where}{line}: is not valid JSON") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(content).__name__}")
-    zero = content.get("zero_optimization") or {}
-    gather = "stage3_gather_16bit_weights_on_model_save"
-    if zero.get("stage") == 3 and zero.get(gather) is not True:
-        raise InputError(f"{where}: zero_optimization needs {gather}: true, else ZeRO-3 saves shards and no model")

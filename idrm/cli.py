@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 
 USAGE = """usage: idrm train [flags]
+       idrm teacher [flags]
 
   train    train a reward model; `idrm train --help` lists the flags. With neither a model nor data named, the embedded
-           demonstration runs. On several devices: deepspeed idrm/train.py --deepspeed ds_zero3.json [flags]"""
+           demonstration runs. On several devices: deepspeed idrm/train.py --deepspeed ds_zero3.json [flags]
+  teacher  fine-tune an encoder on NLI, or examine one with --check; `idrm teacher --help` lists the flags. On several
+           devices: deepspeed idrm/teacher.py --deepspeed ds_zero3.json [flags]"""
 
 
 def main() -> None:
@@ -18,6 +21,10 @@ def main() -> None:
         from idrm.train import main as train
 
         train(arguments[1:])
+    elif arguments[:1] == ["teacher"]:
+        from idrm.teacher import main as teacher
+
+        teacher(arguments[1:])
     elif arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)
     else:

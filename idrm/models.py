@@ -1,11 +1,8 @@
-"""The student: its tokenizer with a safe pad token, its weights with a reward head, and how both are saved."""
+"""The student: its tokenizer with a safe pad token, and its weights with a reward head."""
 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -130,23 +127,3 @@ def torch_dtype(name: str) -> torch.dtype | None:
 def longest_input(config: PreTrainedConfig) -> int | None:
     """Tokens that a model reads at most by its configuration, None where it does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def save_reward_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict | None = None
-) -> None:
-    """Saves weights (safetensors), tokenizer and chat template so that ``folder`` holds a whole model or none.
-
-    Files are written to a folder of their own and renamed, config.json last: without it nothing loads.
-    """
-    written = folder / ".saving"  # one name, so that what a killed run left goes with the next save
-    shutil.rmtree(written, ignore_errors=True)
-    written.mkdir(parents=True)
-    model.save_pretrained(written, state_dict=state_dict)
-    tokenizer.save_pretrained(written)
-    for path in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(path, target)
-    written.rmdir()

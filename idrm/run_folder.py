@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -12,23 +13,17 @@ from typing import Any
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
-from idrm.arguments import RUN_FILE, RunConfiguration, own_argument_names
+from idrm.command_line import RUN_FILE, TrainingRun
 from idrm.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Own arguments that a resumed run may change: none of them changes the weights that come out.
-_FREE_TO_CHANGE = (
-    *("eval_dataset_name", "eval_dataset_split", "kernel_impl", "dataset_num_proc"),
-    "teacher_cache_max_gb",
-)
 
-
-def resume_checkpoint(config: RunConfiguration) -> Path | None:
+def resume_checkpoint(config: TrainingRun) -> Path | None:
     """The checkpoint to go on from, or None to start at the first step.
 
-    A checkpoint counts once its trainer state is there, which is written last: one that a killed run left half-written
-    is passed over.
+    A checkpoint counts once its trainer state is there and whole, which is written last: one that a killed run left
+    half-written is passed over.
 
     Raises:
         InputError: the folder cannot be written to, or holds another run, or a run that --resume_from_checkpoint was
@@ -53,22 +48,35 @@ def resume_checkpoint(config: RunConfiguration) -> Path | None:
         return None
     if wanted.lower() != "true":
         checkpoint = Path(wanted).expanduser()
-        if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        if not _is_complete(checkpoint):
             raise InputError(f"--resume_from_checkpoint {wanted}: expected a folder with {TRAINER_STATE_NAME}")
         return checkpoint
-    complete = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    complete = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
     if not complete:
         logger.info("No complete checkpoint in %s: starting at the first step.", folder)
         return None
     return max(complete, key=lambda path: int(re.search(r"\d+$", path.name)[0]))
 
 
-def write_run_file(config: RunConfiguration) -> None:
-    """Writes run.yaml, which `--config` reads back, through a temporary name."""
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = config.output_dir / f".{RUN_FILE}-{os.getpid()}"
-    temporary.write_text(yaml.safe_dump(config.recorded, sort_keys=True, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, config.output_dir / RUN_FILE)
+def write_run_file(config: TrainingRun) -> None:
+    """Writes run.yaml, which `--config` reads back."""
+    write_whole(config.output_dir / RUN_FILE, yaml.safe_dump(config.recorded, sort_keys=True, allow_unicode=True))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file through a temporary name, so that it is whole or not there; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _require_writable(folder: Path) -> None:
@@ -80,20 +88,21 @@ def _require_writable(folder: Path) -> None:
         raise InputError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from error
 
 
-def _require_same_run(path: Path, config: RunConfiguration) -> None:
+def _require_same_run(path: Path, config: TrainingRun) -> None:
     try:
         before: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
-    for name in own_argument_names():
-        if name not in _FREE_TO_CHANGE and before.get(name) != config.recorded[name]:
+    own = config.own_argument_names()
+    for name in own:
+        if name not in config.free_to_change and before.get(name) != config.recorded[name]:
             raise InputError(
                 f"--output_dir {config.output_dir}: holds another run, with {name} {before.get(name)!r} and not "
                 f"{config.recorded[name]!r}; give another folder"
             )
     changed = sorted(
         name
-        for name in (before.keys() | config.recorded.keys()) - set(own_argument_names())
+        for name in (before.keys() | config.recorded.keys()) - set(own)
         if before.get(name) != config.recorded.get(name)
     )
     if changed:

@@ -10,10 +10,7 @@ With neither a model nor data named, the embedded demonstration runs (idrm/embed
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,10 +18,8 @@ if __package__ in (None, ""):
     # Started by its path, idrm/ itself is first on sys.path: put the folder that holds the package there instead.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.integrations import get_available_reporting_integrations
+from transformers import PreTrainedTokenizerBase
 
 from idrm.alignment import PairEncoder, encode_preferences
 from idrm.arguments import (
@@ -36,11 +31,13 @@ from idrm.arguments import (
 )
 from idrm.capture import Teacher, resolve_layers
 from idrm.collator import PairCollator
+from idrm.command_line import length_within
 from idrm.errors import InputError
 from idrm.interaction import InteractionLoss, require_runnable_kernel
 from idrm.metrics import INTERACTION_METRICS, PREFERENCE_METRICS
 from idrm.models import load_student, load_student_config, load_student_tokenizer, longest_input, torch_dtype
 from idrm.preference import load_preferences
+from idrm.processes import command, prepare_training
 from idrm.run_folder import resume_checkpoint, write_run_file
 from idrm.teacher_cache import CachedTeacher, ReleaseTeacher, TeacherCache
 from idrm.trainer import RewardTrainer
@@ -49,14 +46,11 @@ logger = logging.getLogger("idrm.train")
 
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_TEACHER_MAX_LENGTH = 512
-SECONDS_FOR_FIRST_RANK = 60
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what the command line asks for; bad input and an interruption are one line on stderr, status 2 and 130."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("idrm").setLevel(logging.INFO if _is_local_main() else logging.ERROR)
-    try:
+    with command():
         config = parse_arguments(argv)
         if config.is_embedded:
             from idrm.embedded import demonstration
@@ -64,17 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             demonstration.run(config)
         else:
             train(config)
-    except InputError as error:
-        if not _is_local_main():
-            # The launcher ends all processes with the first that fails. Mostly all find the same fault, and the first
-            # rank, which may be behind, is to say it, once; this one does where the first has found none.
-            time.sleep(SECONDS_FOR_FIRST_RANK)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if _is_local_main():
-            print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
 
 
 def train(config: RunConfiguration) -> None:
@@ -86,18 +69,7 @@ def train(config: RunConfiguration) -> None:
     checkpoint = resume_checkpoint(config)
     student_config = load_student_config(config.model)
     tokenizer = load_student_tokenizer(config.model)
-    _prepare_processes(config)
-    args = config.training_arguments()
-    if args.n_gpu > 1:
-        raise InputError(
-            f"one process sees {args.n_gpu} devices: start one for each (deepspeed idrm/train.py --deepspeed "
-            "ds_zero3.json ...), or show it one with CUDA_VISIBLE_DEVICES"
-        )
-    missing = sorted(set(args.report_to) - set(get_available_reporting_integrations()))
-    if missing:
-        raise InputError(f"--report_to {missing[0]}: is not installed here, or no tracker that transformers knows")
-    set_seed(args.seed)
-
+    args = prepare_training(config, "idrm/train.py")
     teacher = _load_teacher(config, args) if config.interaction.alpha > 0 else None
     student_layers: tuple[int, ...] = ()
     if teacher is not None:
@@ -144,10 +116,10 @@ def train(config: RunConfiguration) -> None:
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     trainer.save_state()
-    _report(trainer, "train", {**outcome.metrics, "train_pairs": len(train_set)})
+    trainer.report("train", {**outcome.metrics, "train_pairs": len(train_set)})
     for name, pairs in eval_sets.items():
         split = f"eval_{name}" if name else "eval"
-        _report(trainer, split, trainer.evaluate(pairs, metric_key_prefix=split))
+        trainer.report(split, trainer.evaluate(pairs, metric_key_prefix=split))
     if cache is not None:
         logger.info(
             "Teacher cache: of the pairs that this process read, %s came from it and %s from the teacher.",
@@ -156,29 +128,6 @@ def train(config: RunConfiguration) -> None:
         )
     logger.info("The reward model is in %s", config.output_dir)
     trainer.accelerator.end_training()
-
-
-def _prepare_processes(config: RunConfiguration) -> None:
-    """Makes accelerate and DeepSpeed agree on processes and devices before TrainingArguments asks either.
-
-    Without an accelerator the run is on the CPU; its ranks then talk over gloo, which DeepSpeed has to be told. A
-    DeepSpeed run that no launcher started is one rank of one.
-    """
-    if not torch.accelerator.is_available():
-        config.training["use_cpu"] = True
-    if config.training["deepspeed"] is None:
-        return
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        # Without it, DeepSpeed asks numactl in a process of its own at every reduction on a CPU.
-        os.environ["LOCAL_SIZE"] = "1"
-    if config.training["use_cpu"]:
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
 
 
 def _load_teacher(config: RunConfiguration, args: RewardTrainingArguments) -> Teacher:
@@ -236,11 +185,13 @@ def _pair_encoder(
     teacher: Teacher | None,
     student_limit: int | None,
 ) -> PairEncoder:
-    max_length = _length("max_length", config.data.max_length, student_limit, DEFAULT_MAX_LENGTH)
+    max_length = length_within("max_length", config.data.max_length, student_limit, DEFAULT_MAX_LENGTH)
     if teacher is None:
         return PairEncoder(tokenizer, None, max_length=max_length, teacher_max_length=DEFAULT_TEACHER_MAX_LENGTH)
     default = teacher.max_length or DEFAULT_TEACHER_MAX_LENGTH
-    teacher_max_length = _length("teacher_max_length", config.data.teacher_max_length, teacher.max_length, default)
+    teacher_max_length = length_within(
+        "teacher_max_length", config.data.teacher_max_length, teacher.max_length, default
+    )
     return PairEncoder(
         tokenizer,
         teacher.tokenizer,
@@ -250,14 +201,6 @@ def _pair_encoder(
         teacher_long_inputs=config.data.teacher_long_inputs,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
-
-
-def _length(flag: str, asked: int | None, limit: int | None, default: int) -> int:
-    if asked is None:
-        return default if limit is None else min(default, limit)
-    if limit is not None and asked > limit:
-        raise InputError(f"--{flag} {asked}: the model reads {limit} tokens at most")
-    return asked
 
 
 def _encoded_pairs(
@@ -273,16 +216,6 @@ def _encoded_pairs(
     sequences = zip(pairs["chosen_input_ids"], pairs["rejected_input_ids"], strict=True)
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in sequences]
     return pairs.add_column(args.length_column_name, lengths)
-
-
-def _report(trainer: RewardTrainer, split: str, metrics: dict[str, float]) -> None:
-    """Prints the metrics and saves them, also to all_results.json."""
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
-
-
-def _is_local_main() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 if __name__ == "__main__":

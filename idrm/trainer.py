@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from idrm.arguments import RewardTrainingArguments
 from idrm.capture.student import QueryKeyCapture
+from idrm.checkpointing import CheckpointingTrainer
 from idrm.collator import PairCollator
 from idrm.interaction import InteractionLoss, TeacherAttention
 from idrm.metrics import COLUMNS, metrics_from_sums, pair_rows
-from idrm.models import save_reward_model
 from idrm_kernels import PackedAttention
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(CheckpointingTrainer):
     """Trains a sequence classifier with one label as a reward model.
 
     Training records and evaluations hold loss, preference_loss, accuracy, margin, mean_reward and
@@ -149,17 +149,11 @@ class RewardTrainer(Trainer):
         metrics = metrics_from_sums(sums, with_interaction=self.interaction is not None)
         return {**metrics, "pairs": len(prediction.predictions)}
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            save_reward_model(self.accelerator.unwrap_model(self.model), self.processing_class, folder, state_dict)
-
     def _save_rng_state(self, output_dir: str) -> None:
         """Beside the random states, each rank keeps its sums since the last record: a resumed run logs the same."""
-        super()._save_rng_state(output_dir)
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
         self._sums_file(output_dir).write_text(json.dumps(self._sums.tolist()))
-        # Next, the first rank writes the trainer state, which tells that a checkpoint is complete: of all ranks.
-        self.accelerator.wait_for_everyone()
+        super()._save_rng_state(output_dir)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

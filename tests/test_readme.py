@@ -20,30 +20,58 @@ from idrm.arguments import (
     RewardTrainingArguments,
     parse_arguments,
 )
+from idrm.cli import USAGE
 from idrm.metrics import INTERACTION_METRICS, PREFERENCE_METRICS
+from idrm.nli import arguments as nli_arguments
+from idrm.nli import load_nli
 from idrm.preference import convert_record, drop_reason
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments, EmbeddedArguments)
+TEACHER_ARGUMENTS = (
+    nli_arguments.EncoderArguments,
+    nli_arguments.NliDataArguments,
+    nli_arguments.CheckArguments,
+)
 # The help flag, and flags of the other commands shown: DeepSpeed's launcher, pip, the compile report, benchmarks.
 OTHER_FLAGS = {"help", "num_accelerators", "no-build-isolation", "arch", "dtype", "full"}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def training_commands() -> list[list[str]]:
-    """The flags of every training command in the README's shell blocks."""
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(*patterns: str) -> list[list[str]]:
+    """The flags of every command in the README's shell blocks that one of the patterns finds."""
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    patterns = (r"idrm/train\.py (.*)", r"idrm train (.*)", r'make train ARGS="(.*)"')
     return [shlex.split(match[1]) for line in lines for pattern in patterns for match in re.finditer(pattern, line)]
 
 
-def own_defaults() -> dict[str, object]:
-    fields = [field for kind in OWN_ARGUMENTS for field in dataclasses.fields(kind)]
+def training_commands() -> list[list[str]]:
+    return commands(r"idrm/train\.py (.*)", r"idrm train (.*)", r'make train ARGS="(.*)"')
+
+
+def teacher_commands() -> list[list[str]]:
+    return commands(r"idrm/teacher\.py (.*)", r"idrm teacher (.*)")
+
+
+def own_defaults(kinds: tuple[type, ...] = OWN_ARGUMENTS) -> dict[str, object]:
+    fields = [field for kind in kinds for field in dataclasses.fields(kind)]
     return {field.name: field.default for field in fields}
+
+
+def flag_table(title: str) -> dict[str, str]:
+    """The flags of a section's table with their defaults."""
+    return dict(re.findall(r"^\| `--(\w+)` \| (?:`(.*?)`)? *\|", section(title), flags=re.MULTILINE))
+
+
+def as_shown(defaults: dict[str, object]) -> dict[str, str]:
+    return {name: "" if default is None else str(default).lower() for name, default in defaults.items()}
 
 
 @pytest.fixture
@@ -106,23 +134,40 @@ def test_training_commands_parse(flags: list[str], tmp_path: Path, monkeypatch: 
     assert config.interaction.alpha == (0.8 if "--config" in flags else 1.0)
 
 
-def test_training_commands_are_found():
+@pytest.mark.parametrize("flags", teacher_commands(), ids=lambda flags: " ".join(flags)[:60])
+def test_teacher_commands_parse(flags: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    config = nli_arguments.parse_arguments(flags)
+    assert config.examination.check == ("--check" in flags)
+
+
+def test_commands_are_found():
     assert len(training_commands()) >= 5
+    assert len(teacher_commands()) >= 4
+    assert {"idrm train", "idrm teacher"} <= set(re.findall(r"idrm \w+", USAGE))
 
 
 def test_flags_exist():
-    known = {*own_defaults(), "config"} | {field.name for field in dataclasses.fields(RewardTrainingArguments)}
+    known = {*own_defaults(), *own_defaults(TEACHER_ARGUMENTS), "config"}
+    for kind in (RewardTrainingArguments, nli_arguments.TeacherTrainingArguments):
+        known |= {field.name for field in dataclasses.fields(kind)}
     mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
     assert mentioned - known - OTHER_FLAGS == set()
 
 
 def test_flag_table_is_complete_and_has_the_defaults():
-    rows = dict(re.findall(r"^\| `--(\w+)` \| (?:`(.*?)`)? *\|", README, flags=re.MULTILINE))
-    expected = {name: "" if default is None else str(default).lower() for name, default in own_defaults().items()}
+    expected = as_shown(own_defaults())
     # Shown with ours because transformers does not have it; letting a repository run its code is not advertised.
     expected["center_rewards_coefficient"] = ""
     expected.pop("trust_remote_code", None)
-    assert rows == expected
+    assert flag_table("Training") == expected
+
+
+def test_teacher_flag_table_is_complete_and_has_the_defaults():
+    training = {field.name: field.default for field in dataclasses.fields(nli_arguments.TeacherTrainingArguments)}
+    # Shown with ours: transformers does not have the one, and means something else by the other.
+    shown = {name: training[name] for name in ("early_stopping_patience", "label_names")}
+    assert flag_table("A teacher") == as_shown({**own_defaults(TEACHER_ARGUMENTS), **shown})
 
 
 def test_metric_table_is_complete():
@@ -131,7 +176,7 @@ def test_metric_table_is_complete():
 
 
 def test_data_examples_are_one_pair_each():
-    records = [json.loads(line) for block in blocks("json") for line in block.splitlines()]
+    records = [json.loads(line) for block in blocks("json", section("Training")) for line in block.splitlines()]
     assert len(records) == 4
     pairs = [convert_record(record) for record in records]
     assert [drop_reason(pair) for pair in pairs] == [None] * 4
@@ -139,10 +184,19 @@ def test_data_examples_are_one_pair_each():
     assert [pair["margin"] for pair in pairs] == [None, 0.5, None, None]
 
 
+def test_teacher_data_examples_are_one_pair_each(tmp_path: Path):
+    lines = [line for block in blocks("json", section("A teacher")) for line in block.splitlines()]
+    assert len(lines) == 2
+    for number, line in enumerate(lines):
+        (tmp_path / f"{number}.jsonl").write_text(line + "\n")
+        # One label alone would be no NLI data.
+        pairs, _, _ = load_nli(str(tmp_path / f"{number}.jsonl"), labels=("entailment", "neutral", "contradiction"))
+        assert list(pairs) == [{"premise": "Two dogs run.", "hypothesis": "Animals move.", "label": 0}]
+
+
 def test_figures_of_benchmarks_are_rows_of_the_results():
     results = "".join(path.read_text(encoding="utf-8") for path in REPOSITORY.glob("benchmarks/results/*/report.md"))
-    section = README.split("\n## Benchmarks\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| c")]
+    rows = [line for line in section("Benchmarks").splitlines() if line.startswith("| c")]
     assert len(rows) >= 8
     assert [row for row in rows if row not in results.splitlines()] == []
 

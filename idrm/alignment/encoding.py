@@ -215,7 +215,8 @@ class PairEncoder:
                 digest.update(repr((tokenizer.chat_template, tokenizer.special_tokens_map)).encode())
             digest.update(b"\0")
         package = Path(__file__).parent
-        for module in sorted([*package.glob("*.py"), *(package.parent / "preference").glob("*.py")]):
+        reading = [package.parent / "sources.py", *(package.parent / "preference").glob("*.py")]
+        for module in sorted([*package.glob("*.py"), *reading]):
             digest.update(module.read_bytes())
         return digest.hexdigest()
 

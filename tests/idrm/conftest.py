@@ -13,10 +13,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -148,6 +151,90 @@ def eval_pairs_path(tmp_path_factory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "eval.jsonl", 11, seed=4)
 
 
+NLI_SUBJECTS = ("kettle", "lamp", "price", "order", "city", "river", "mountain", "friend", "neighbour")
+NLI_VERBS = ("boils", "reads", "repeat")
+
+
+def write_nli(path: Path, count: int, seed: int) -> Path:
+    """Pairs of made-up sentences as SNLI has them on the hub; the hypothesis's verb alone tells the label."""
+    source = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            label = source.randrange(3)
+            hypothesis = f"The {source.choice(NLI_SUBJECTS)} {NLI_VERBS[label]}."
+            record = {"premise": _sentence(source, 3, 10), "hypothesis": hypothesis, "label": label}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def nli_path(tmp_path_factory) -> Path:
+    """Ninety-six training pairs, each with a premise of its own."""
+    return write_nli(tmp_path_factory.mktemp("nli") / "train.jsonl", 96, seed=5)
+
+
+@pytest.fixture(scope="session")
+def eval_nli_path(tmp_path_factory) -> Path:
+    """Twenty-nine evaluation pairs: no multiple of any batch size in use."""
+    return write_nli(tmp_path_factory.mktemp("nli") / "eval.jsonl", 29, seed=6)
+
+
+ENCODERS = (
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "roberta",
+    "xlm-roberta",
+)
+
+
+@pytest.fixture(params=ENCODERS)
+def encoder_type(request) -> str:
+    """Every family of encoders in turn, by its model type."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def encoder_config(teacher_tokenizer):
+    """encoder_config(model_type, **values): of two blocks and two heads, for the tiny WordPiece vocabulary."""
+
+    def make(model_type: str, **values) -> PreTrainedConfig:
+        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        if model_type == "distilbert":
+            size = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}
+        elif model_type == "electra":
+            size["embedding_size"] = 32
+        elif model_type == "modernbert":
+            tokens = {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+            size |= {**tokens, "global_attn_every_n_layers": 2, "local_attention": 16}
+        elif model_type.startswith("deberta"):
+            size |= {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+            size |= {"type_vocab_size": 0, "max_relative_positions": 32}
+        vocabulary = {"vocab_size": len(teacher_tokenizer), "pad_token_id": teacher_tokenizer.pad_token_id}
+        common = {"max_position_embeddings": 128, "initializer_range": 0.2}
+        return AutoConfig.for_model(model_type, **{**vocabulary, **common, **size, **values})
+
+    return make
+
+
+@pytest.fixture
+def save_encoder(tmp_path, teacher_tokenizer, encoder_config):
+    """save_encoder(model_type, auto_class=AutoModel, **config): the folder of a fresh encoder and its tokenizer."""
+
+    def save(model_type: str, auto_class=AutoModel, **values) -> Path:
+        torch.manual_seed(7)
+        folder = tmp_path / f"encoder-{len(list(tmp_path.glob('encoder-*')))}"
+        auto_class.from_config(encoder_config(model_type, **values)).save_pretrained(folder)
+        teacher_tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A finished run of the entry point."""
@@ -174,13 +261,13 @@ _ports = itertools.count(20000 + os.getpid() % 500 * 20)
 
 @pytest.fixture(scope="session")
 def start_training():
-    """start_training(folder, *flags, ranks=0): idrm/train.py, by python where ranks is 0, else by DeepSpeed."""
+    """start_training(folder, *flags, ranks=0): a script, by python where ranks is 0, else by DeepSpeed."""
 
-    def start(folder: Path, *flags: str, ranks: int = 0, **popen) -> subprocess.Popen:
-        command = [sys.executable, "idrm/train.py"]
+    def start(folder: Path, *flags: str, ranks: int = 0, script: str = "idrm/train.py", **popen) -> subprocess.Popen:
+        command = [sys.executable, script]
         if ranks:
             launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-            command = [*launcher, "--master_port", str(next(_ports)), "idrm/train.py"]
+            command = [*launcher, "--master_port", str(next(_ports)), script]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
@@ -193,10 +280,10 @@ def start_training():
 
 @pytest.fixture(scope="session")
 def train(start_training):
-    """train(folder, *flags, ranks=0): a run of the entry point in processes of its own, waited for."""
+    """train(folder, *flags, ranks=0): a run of an entry point in processes of its own, waited for."""
 
-    def run(folder: Path, *flags: str, ranks: int = 0) -> Run:
-        process = start_training(folder, *flags, ranks=ranks)
+    def run(folder: Path, *flags: str, ranks: int = 0, script: str = "idrm/train.py") -> Run:
+        process = start_training(folder, *flags, ranks=ranks, script=script)
         output, errors = process.communicate(timeout=240)
         return Run(folder, process.returncode, output, errors)
 

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from idrm.arguments import ModelArguments
+from idrm.checkpointing import save_model
 from idrm.errors import InputError
-from idrm.models import load_student, load_student_config, load_student_tokenizer, save_reward_model
+from idrm.models import load_student, load_student_config, load_student_tokenizer
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_saving_gives_a_model_that_loads_by_itself(tmp_path, student_path):
     (folder / ".saving").mkdir(parents=True)
     (folder / ".saving" / "left by a killed run").touch()
     for _ in range(2):  # over an earlier save too
-        save_reward_model(model, tokenizer, folder)
+        save_model(model, tokenizer, folder)
         assert not list(folder.glob(".saving*"))
     config = json.loads((folder / "config.json").read_text())
     assert config["problem_type"] == "regression"
@@ -130,7 +131,7 @@ def test_saving_gives_a_model_that_loads_by_itself(tmp_path, student_path):
 def test_a_saved_chat_template_does_not_render_today(tmp_path, variant):
     template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     model, tokenizer = load(variant(pad_token="<|pad|>", chat_template=template))
-    save_reward_model(model, tokenizer, tmp_path / "saved")
+    save_model(model, tokenizer, tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     text = saved.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     assert text.endswith("[user]Hello")

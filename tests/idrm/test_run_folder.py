@@ -17,3 +17,13 @@ def test_a_resumed_run_says_which_of_its_values_are_others_now(tmp_path, caplog)
         changed = parse_arguments([*flags, "--learning_rate", "2e-4", "--resume_from_checkpoint"])
         assert resume_checkpoint(changed) is None
     assert caplog.messages == ["Resumed with other values than the run began with: learning_rate, seed."]
+
+
+def test_a_checkpoint_whose_trainer_state_is_half_written_is_passed_over(tmp_path):
+    flags = ["--model_name_or_path", "m", "--alpha", "0", "--dataset_name", "pairs.jsonl"]
+    config = parse_arguments([*flags, "--output_dir", str(tmp_path), "--resume_from_checkpoint"])
+    write_run_file(config)
+    for step, state in ((4, "{}"), (8, '{"log_history": ['), (12, "")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert resume_checkpoint(config) == tmp_path / "checkpoint-4"

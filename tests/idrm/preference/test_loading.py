@@ -124,7 +124,7 @@ def test_a_broken_archive_is_named(tmp_path):
 
 @pytest.mark.parametrize("source", ["./pairs", "/no/such/folder", "~/no_such_pairs", "pairs.jsonl", "a/b.parquet"])
 def test_a_path_that_does_not_exist_is_never_looked_up_elsewhere(source, monkeypatch):
-    monkeypatch.setattr("idrm.preference.loading.load_dataset", lambda *_, **__: pytest.fail("looked up"))
+    monkeypatch.setattr("idrm.sources.load_dataset", lambda *_, **__: pytest.fail("looked up"))
     with pytest.raises(InputError, match=re.escape(source) + ": no such file or folder"):
         load_preferences(source)
 

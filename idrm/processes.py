@@ -1,0 +1,97 @@
+"""The processes of a run: how a command ends, and how its ranks and devices are made to agree."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
+
+from idrm.command_line import Arguments, TrainingRun
+from idrm.errors import InputError
+
+SECONDS_FOR_FIRST_RANK = 60
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """What a command does runs in here: bad input and an interruption are one line on stderr, status 2 and 130."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("idrm").setLevel(logging.INFO if is_local_main() else logging.ERROR)
+    try:
+        yield
+    except InputError as error:
+        if not is_local_main():
+            # The launcher ends all processes with the first that fails. Mostly all find the same fault, and the first
+            # rank, which may be behind, is to say it, once; this one does where the first has found none.
+            time.sleep(SECONDS_FOR_FIRST_RANK)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if is_local_main():
+            print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def prepare_training(run: TrainingRun[Arguments], script: str) -> Arguments:
+    """Builds a run's TrainingArguments in processes that are ready for them, and seeds the random generators.
+
+    Args:
+        run: the run; its `use_cpu` is set where there is no accelerator.
+        script: the entry point, for the command in an error.
+
+    Raises:
+        InputError: arguments that transformers or DeepSpeed refuses, one process with several devices, or a tracker
+            that is not there.
+    """
+    _prepare_processes(run)
+    args = run.training_arguments()
+    _require_one_device(args, script)
+    missing = sorted(set(args.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise InputError(f"--report_to {missing[0]}: is not installed here, or no tracker that transformers knows")
+    set_seed(args.seed)
+    return args
+
+
+def is_local_main() -> bool:
+    """Whether this is its machine's first process."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _prepare_processes(run: TrainingRun) -> None:
+    """Makes accelerate and DeepSpeed agree on processes and devices before TrainingArguments asks either.
+
+    Without an accelerator the run is on the CPU; its ranks then talk over gloo, which DeepSpeed has to be told. A
+    DeepSpeed run that no launcher started is one rank of one.
+    """
+    if not torch.accelerator.is_available():
+        run.training["use_cpu"] = True
+    if run.training["deepspeed"] is None:
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        # Without it, DeepSpeed asks numactl in a process of its own at every reduction on a CPU.
+        os.environ["LOCAL_SIZE"] = "1"
+    if run.training["use_cpu"]:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _require_one_device(args: TrainingArguments, script: str) -> None:
+    if args.n_gpu > 1:
+        raise InputError(
+            f"one process sees {args.n_gpu} devices: start one for each (deepspeed {script} --deepspeed "
+            "ds_zero3.json ...), or show it one with CUDA_VISIBLE_DEVICES"
+        )

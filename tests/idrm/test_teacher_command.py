@@ -1,0 +1,254 @@
+"""`idrm teacher` from flags to saved teacher: processes, ZeRO-3, being killed and going on, refusals, --check."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
+
+from idrm.capture import Teacher
+from idrm.nli import encode_nli, evaluate_classifier, load_nli
+from idrm.teacher import main
+
+SCRIPT = "idrm/teacher.py"
+LABELS = ("entailment", "neutral", "contradiction")
+
+
+@pytest.fixture(scope="session")
+def encoder_path(tmp_path_factory, encoder_config, teacher_tokenizer):
+    """A classifier of other labels, whose head makes room, without dropout: ranks then see the same model."""
+    config = encoder_config(
+        "bert",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label={0: "negative", 1: "positive"},
+        label2id={"negative": 0, "positive": 1},
+    )
+    torch.manual_seed(8)
+    folder = tmp_path_factory.mktemp("encoder")
+    BertForSequenceClassification(config).save_pretrained(folder)
+    teacher_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flags(encoder_path, nli_path, eval_nli_path):
+    """Six epochs of twelve steps, with an evaluation and a checkpoint every eighteen."""
+    return (
+        *("--model_name_or_path", encoder_path, "--dataset_name", nli_path, "--eval_dataset_name", eval_nli_path),
+        *("--num_train_epochs", 6, "--learning_rate", "5e-3", "--eval_steps", 18, "--logging_steps", 6),
+    )
+
+
+@pytest.fixture(scope="session")
+def run_here():
+    """run_here(folder, *flags): the command in this process, on one thread as the processes of other tests are."""
+
+    def run(folder, *flags):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            main([*map(str, flags), "--output_dir", str(folder), "--use_cpu", "true", "--disable_tqdm", "true"])
+        finally:
+            torch.set_num_threads(threads)
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory, run_here, flags):
+    """The folder of one plain run."""
+    return run_here(tmp_path_factory.mktemp("teacher") / "out", *flags, "--per_device_train_batch_size", 8)
+
+
+def results(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def records(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [record for record in history if "loss" in record]
+
+
+def weights(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+
+def measured(folder, path):
+    """The metrics of a saved teacher, by code that knows nothing of its training."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    pairs, _, _ = load_nli(str(path))
+    encoded, _ = encode_nli(pairs, tokenizer, max_length=128, token_types=True)
+    return evaluate_classifier(model, tokenizer, encoded, LABELS, show_progress=False)
+
+
+def test_what_a_run_leaves(plain, eval_nli_path, caplog):
+    names = {path.name for path in plain.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "run.yaml", "all_results.json"}
+    assert not {name for name in names if name.startswith(".") or name.endswith((".bin", ".pt"))}
+    assert yaml.safe_load((plain / "run.yaml").read_text())["eval_strategy"] == "steps"
+    ours = measured(plain, eval_nli_path)
+    assert ours["accuracy"] > 0.9
+    for name in ("accuracy", "macro_f1", *(f"accuracy_{label}" for label in LABELS)):
+        assert results(plain)[f"eval_{name}"] == pytest.approx(ours[name])
+    with caplog.at_level("WARNING", logger="idrm"):
+        Teacher.load(str(plain))
+    assert caplog.messages == []
+
+
+def test_the_teacher_is_the_best_checkpoint(plain):
+    history = json.loads((plain / "trainer_state.json").read_text())
+    evaluations = {
+        record["step"]: record["eval_accuracy"] for record in history["log_history"] if "eval_accuracy" in record
+    }
+    assert len(evaluations) > 2
+    best = max(evaluations, key=lambda step: (evaluations[step], -step))
+    assert history["best_model_checkpoint"].endswith(f"checkpoint-{best}")
+    expected = weights(plain / f"checkpoint-{best}")
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(plain).items())
+
+
+def test_two_ranks_under_zero3_are_one_plain_process(tmp_path, train, run_here, flags):
+    flags = (*flags, "--num_train_epochs", 1, "--eval_steps", 6)
+    plain = run_here(tmp_path / "plain", *flags, "--per_device_train_batch_size", 8)
+    flags = ("--deepspeed", "ds_zero3.json", *flags, "--per_device_train_batch_size", 4)
+    run = train(tmp_path / "out", *flags, ranks=2, script=SCRIPT)
+    assert run.returncode == 0, run.errors
+    assert run.errors.count("makes room for one for entailment, neutral, contradiction") == 1
+    assert run.errors.rstrip().splitlines()[-1].endswith(f"The teacher is in {run.folder}")
+    ours, theirs = results(run.folder), results(plain)
+    for name in ("eval_loss", "eval_accuracy", "eval_macro_f1", "train_loss", "eval_pairs"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-2, abs=1e-3), name
+    # The first steps, before rounding has grown: a gradient that the ranks had summed would be twice as long.
+    assert run.records[0]["grad_norm"] == pytest.approx(records(plain)[0]["grad_norm"], rel=1e-3)
+    for ours, theirs in zip(run.records, records(plain), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2, abs=1e-3)
+
+
+def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
+    tmp_path, train, start_training, run_here, flags, teacher_path
+):
+    # A head that is kept, dropout, and an evaluation that does not improve: all that a resumed run has to take up.
+    flags = (*flags, "--model_name_or_path", teacher_path, "--per_device_train_batch_size", 8)
+    flags = (*flags, "--eval_steps", 6, "--learning_rate", "1e-3", "--early_stopping_patience", 6)
+    unbroken = run_here(tmp_path / "unbroken", *flags)
+    folder = tmp_path / "out"
+    process = start_training(folder, *flags, script=SCRIPT, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoint-12" / "trainer_state.json").exists():  # it may be half-written
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "all_results.json").exists()
+    assert not (folder / "config.json").exists()
+    resumed = train(folder, *flags, "--resume_from_checkpoint", script=SCRIPT)
+    assert resumed.returncode == 0, resumed.errors
+    expected = weights(unbroken)
+    for name, weight in weights(folder).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
+    states = [json.loads((run / "trainer_state.json").read_text()) for run in (folder, unbroken)]
+    assert states[0]["global_step"] == states[1]["global_step"]
+    assert states[0]["best_global_step"] == states[1]["best_global_step"]
+
+
+def test_training_stops_where_evaluation_no_longer_improves(tmp_path, run_here, flags, capsys, caplog):
+    with caplog.at_level("INFO", logger="idrm"):
+        folder = run_here(tmp_path / "out", *flags, "--num_train_epochs", 30, "--early_stopping_patience", 2)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] < state["max_steps"]
+    assert state["global_step"] == state["best_global_step"] + 2 * 18
+    assert f"Stopped early, at step {state['global_step']} of {state['max_steps']}." in caplog.messages
+
+
+def test_a_newcomers_run_holds_out_pairs_and_tests(tmp_path, run_here, encoder_path, nli_path, eval_nli_path, caplog):
+    with caplog.at_level("INFO", logger="idrm"):
+        folder = run_here(
+            tmp_path / "out",
+            *("--model_name_or_path", encoder_path, "--dataset_name", nli_path, nli_path),
+            *("--num_train_epochs", 3, "--learning_rate", "3e-3", "--eval_share", 0.25, "--pooling", "mean"),
+            *("--test_dataset_name", f"near={eval_nli_path}", f"same={nli_path}"),
+        )
+    assert "48 of the training pairs are held out to evaluate on" in caplog.text
+    found = results(folder)
+    assert (found["train_pairs"], found["eval_pairs"]) == (144, 48)
+    assert (found["test_near_pairs"], found["test_same_pairs"]) == (29, 96)
+    assert found["test_same_accuracy"] > 0.5
+    assert json.loads((folder / "config.json").read_text())["classifier_pooling"] == "mean"
+
+
+def test_a_check_measures_accuracy_and_writes_it(tmp_path, run_here, plain, eval_nli_path, capsys):
+    flags = ("--model_name_or_path", plain, "--eval_dataset_name", eval_nli_path, "--check")
+    run_here(tmp_path / "report", *flags)
+    report = json.loads((tmp_path / "report" / "nli_accuracy.json").read_text())
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["nli_accuracy.json"]
+    assert report == pytest.approx(measured(plain, eval_nli_path))
+    table = capsys.readouterr().out
+    for label in LABELS:
+        assert f"{report[f'accuracy_{label}']:.4f}" in next(line for line in table.splitlines() if label in line)
+
+
+def test_a_check_says_that_an_untuned_encoder_has_no_accuracy(tmp_path, run_here, encoder_path, eval_nli_path, caplog):
+    flags = ("--model_name_or_path", encoder_path, "--eval_dataset_name", eval_nli_path, "--check")
+    with caplog.at_level("WARNING", logger="idrm"):
+        run_here(tmp_path / "report", *flags)
+    assert "is no NLI classifier: there is no accuracy to measure" in caplog.text
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.fixture
+def refused(tmp_path, encoder_path, nli_path, capsys):
+    """refused(name=value, ...): the one line that a run with these flags ends with, its folder untouched."""
+    good = {"model_name_or_path": encoder_path, "dataset_name": nli_path, "output_dir": tmp_path / "out"}
+
+    def run(**changes):
+        before = sorted((tmp_path / "out").rglob("*"))
+        argv = ["--use_cpu", "true", "--disable_tqdm", "true"]
+        for name, value in {**good, **changes}.items():
+            argv += [f"--{name}", *([] if value is True else [str(value)])]
+        with pytest.raises(SystemExit) as exit_:
+            main(argv)
+        assert exit_.value.code == 2
+        assert sorted((tmp_path / "out").rglob("*")) == before
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        return errors[0]
+
+    return run
+
+
+def test_bad_input_is_one_line(refused, tmp_path, student_path, eval_nli_path):
+    (tmp_path / "bad.jsonl").write_text('{"premise": "a", "hypothesis": "b", "label": 7}\n')
+    assert "bad.jsonl: record 1: expected an integer from 0 to 2" in refused(dataset_name=tmp_path / "bad.jsonl")
+    assert "bad.jsonl: record 1" in refused(eval_dataset_name=tmp_path / "bad.jsonl")
+    assert "./nowhere.jsonl: no such file" in refused(test_dataset_name="./nowhere.jsonl")
+    assert "is no encoder that can teach (llama)" in refused(model_name_or_path=student_path)
+    assert "--max_length 129: the model reads 128 tokens at most" in refused(max_length=129)
+    assert "--metric_for_best_model f1: expected one of loss, accuracy" in refused(metric_for_best_model="f1")
+    assert "--attn_implementation" not in refused(attn_implementation="ring_attention")
+    assert "--report_to no_such_tracker" in refused(report_to="no_such_tracker")
+    assert "make no batch of 512" in refused(dataloader_drop_last="true", per_device_train_batch_size=512)
+    assert "--model_name_or_path ./nowhere: no such folder" in refused(model_name_or_path="./nowhere")
+
+
+def test_deberta_v1_in_half_precision(refused, save_encoder):
+    assert "DeBERTa v1 fails under autocast" in refused(model_name_or_path=save_encoder("deberta"), bf16="true")
+
+
+def test_a_folder_that_holds_another_run(refused, plain, tmp_path, eval_nli_path):
+    shutil.copytree(plain, tmp_path / "out")
+    assert "holds another run (run.yaml)" in refused()
+    assert "holds another run, with eval_dataset_name" in refused(resume_from_checkpoint="true")
+
+
+def test_a_check_is_one_process(refused, monkeypatch, eval_nli_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--check runs in one process" in refused(check=True, eval_dataset_name=eval_nli_path)
