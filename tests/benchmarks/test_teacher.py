@@ -28,15 +28,18 @@ def tiny(monkeypatch):
     teacher._model.cache_clear()
 
 
-@pytest.mark.parametrize("shape", ["deberta-large", "modernbert-large"])
-def test_variants_agree(tiny, shape):
+@pytest.mark.parametrize(
+    ("shape", "variants"), [("deberta-large", ("eager", "sdpa", HALF)), ("modernbert-large", ("eager", "sdpa"))]
+)
+def test_variants_agree(tiny, shape, variants):
     contest = tiny(shape)
-    results = {name: call() for name, call in contest.variants(("eager", "sdpa", HALF)).items()}
+    results = {name: call() for name, call in contest.variants(variants).items()}
     torch.testing.assert_close(results["eager"], results["sdpa"])
-    assert results["sdpa"].shape == results[HALF].shape == (78, 2, 16)
-    assert (results["sdpa"] - results[HALF]).abs().max() > 0.01
-    assert [contest.check(name) for name in results] == [None] * 3
-    assert [contest.check_result(name, result) for name, result in results.items()] == [None] * 3
+    assert {result.shape for result in results.values()} == {(78, 2, 16)}
+    if HALF in variants:
+        assert (results["sdpa"] - results[HALF]).abs().max() > 0.01
+    assert [contest.check(name) for name in variants] == [None] * len(variants)
+    assert [contest.check_result(name, result) for name, result in results.items()] == [None] * len(variants)
 
 
 def test_half_depth_runs_half_the_blocks(tiny):
