@@ -28,7 +28,7 @@ from idrm.capture import QueryKeyCapture, Teacher
 from idrm.collator import InteractionInputs, PairCollator
 from idrm.interaction import InteractionLoss
 from idrm.teacher_cache import CachedTeacher, TeacherCache
-from idrm.teacher_cache.cache import DTYPE as CACHE_DTYPE
+from idrm.teacher_cache.cache import ENTRY_DTYPE
 from idrm_kernels import available_implementations
 from idrm_kernels.testing.comparison import naive_loss
 
@@ -104,7 +104,7 @@ class StepContest:
             return None
         step = _Step(dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH)))
         own, naive = step.interaction_gradients(variant), step.interaction_gradients("naive")
-        dtypes = (DTYPES[self.dtype], CACHE_DTYPE) if variant == "cached" else (DTYPES[self.dtype],)
+        dtypes = (DTYPES[self.dtype], ENTRY_DTYPE) if variant == "cached" else (DTYPES[self.dtype],)
         tolerance = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
         for name, value in naive.items():
             error = ((own[name] - value).norm() / value.norm()).item()
@@ -133,12 +133,14 @@ class _Step:
         self.cache = TeacherCache(Path(self._cache_folder.name), self.teacher, "maps")
         self.cached = InteractionLoss(CachedTeacher(self.teacher, self.cache), self.capture.layers, arguments)
         self.cached.teacher_attention(self.cached_inputs())  # stored from now on
+        if self.cached_inputs().cached.missing:
+            raise OSError(f"{self._cache_folder.name}: the teacher's attention could not be stored")
 
     def cached_inputs(self) -> InteractionInputs:
         """The batch's, with what the cache holds read from its file."""
         inputs = self.batch["interaction"]
         cached = self.cache.batch(
-            [self.pair], inputs.layout.max_units, lambda pairs: self.collate(pairs)["interaction"]
+            [self.pair], inputs.layout.max_units, lambda pair: self.collate([pair])["interaction"]
         )
         return dataclasses.replace(inputs, cached=cached.to(self.device))
 
@@ -162,21 +164,21 @@ class _Step:
         inputs = {"input_ids": self.batch["input_ids"], "attention_mask": self.batch["attention_mask"]}
         if variant == "bradley-terry":
             return self._preference(self.model(**inputs).logits), 0.0
+        batch = self.batch["interaction"]
+        teacher = None
+        if variant == "cached":
+            teacher = self.cached.begin_teacher(self.cached_inputs())
+        elif variant != "capture":
+            teacher = self.interaction.begin_teacher(batch)  # before the student, as in training
         with self.capture.recording():
             logits = self.model(**inputs).logits
-        batch = self.batch["interaction"]
-        (student,) = self.interaction.student_attention(self.capture.take(), batch)
-        if variant == "capture":
-            return self._preference(logits), 0.0 * (student.q.sum() + student.k.sum())
-        if variant == "cached":
-            (teacher,) = self.cached.teacher_attention(self.cached_inputs())
-            return self._preference(logits), self.cached.batch_loss([student], [teacher], batch).loss
-        (teacher,) = self.interaction.teacher_attention(batch)
-        if variant == "teacher":
-            return self._preference(logits), 0.0 * (student.q.sum() + student.k.sum())
-        if variant == "fused":
-            return self._preference(logits), self.interaction.batch_loss([student], [teacher], batch).loss
-        return self._preference(logits), naive_loss(student, teacher, batch.layout)
+        student = self.interaction.student_attention(self.capture.take(), batch)
+        blocks = teacher() if teacher is not None else []
+        if variant in ("capture", "teacher"):
+            return self._preference(logits), 0.0 * (student[0].q.sum() + student[0].k.sum())
+        if variant == "naive":
+            return self._preference(logits), naive_loss(student[0], blocks[0], batch.layout)
+        return self._preference(logits), self.interaction.batch_loss(student, blocks, batch).loss
 
     @staticmethod
     def _preference(logits: Tensor) -> Tensor:

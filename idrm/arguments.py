@@ -57,14 +57,14 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Folder that keeps the teacher's attention of every pair (bfloat16), so that later epochs and runs "
-            "need no teacher forward. May be shared; how much it takes is said before training."
+            "need no teacher forward. May be shared by runs; how much it takes is said before training."
         },
     )
     teacher_cache_max_gb: float | None = field(
         default=None,
         metadata={
-            "help": "Most gigabytes (10^9 bytes) that the entries in --teacher_cache may take; for pairs beyond it the "
-            "teacher runs in every epoch. Default: no limit but the disk's."
+            "help": "Most gigabytes (10^9 bytes) that all entries in --teacher_cache may take, counted when the run "
+            "begins; for pairs beyond it the teacher runs in every epoch. Default: no limit but the disk's."
         },
     )
     attn_implementation: str | None = field(
@@ -286,6 +286,7 @@ class RunConfiguration(TrainingRun[RewardTrainingArguments]):
         *("eval_dataset_name", "eval_dataset_split", "kernel_impl", "dataset_num_proc"),
         "teacher_cache_max_gb",
     )
+    free_to_move = ("teacher_cache",)
 
     @property
     def is_embedded(self) -> bool:
@@ -373,6 +374,8 @@ def _check(
     trains = model.model_name_or_path is not None
     if trains and interaction.alpha > 0 and model.teacher_name_or_path is None:
         raise InputError(f"--alpha {interaction.alpha:g} needs a teacher: give --teacher_name_or_path, or --alpha 0")
+    if model.teacher_cache == "":
+        raise InputError("--teacher_cache: expected a folder, got an empty name")
     if model.teacher_cache is not None and interaction.alpha == 0:
         raise InputError("--teacher_cache: --alpha 0 has no teacher; leave it out")
     if model.teacher_cache_max_gb is not None and model.teacher_cache is None:

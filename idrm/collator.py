@@ -105,7 +105,7 @@ class PairCollator:
             inputs = self._interaction(pairs, input_ids.shape[1])
             if self.cache is not None:
                 cached = self.cache.batch(
-                    pairs, inputs.layout.max_units, lambda missing: self._interaction(missing, input_ids.shape[1])
+                    pairs, inputs.layout.max_units, lambda pair: self._interaction([pair], input_ids.shape[1])
                 )
                 inputs = dataclasses.replace(inputs, cached=cached)
             batch["interaction"] = inputs

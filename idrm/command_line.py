@@ -36,6 +36,7 @@ class TrainingRun(Generic[Arguments]):
         training_kind: the command's TrainingArguments.
         own_arguments: its other argument classes, which are this project's and not transformers'.
         free_to_change: own arguments that a resumed run may change: none of them changes the weights that come out.
+        free_to_move: folders that may have moved, where only whether there is one changes them.
     """
 
     training: dict[str, Any]
@@ -45,6 +46,7 @@ class TrainingRun(Generic[Arguments]):
     training_kind: ClassVar[type[TrainingArguments]]
     own_arguments: ClassVar[tuple[type, ...]]
     free_to_change: ClassVar[tuple[str, ...]] = ()
+    free_to_move: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def own_argument_names(cls) -> list[str]:

@@ -90,7 +90,15 @@ class InteractionLoss:
     def begin_teacher(self, inputs: InteractionInputs) -> Callable[[], list[TeacherAttention]]:
         """Starts the teacher on these pairs, on a stream of its own; the function returned gives its blocks."""
         device = inputs.teacher_input_ids.device
-        return self._side_stream.start(device, lambda: self.teacher.attention(inputs))
+        finish = self._side_stream.start(device, lambda: self.teacher.attention(inputs))
+
+        def blocks() -> list[TeacherAttention]:
+            attention = finish()
+            if isinstance(self.teacher, CachedTeacher):
+                self.teacher.store()
+            return attention
+
+        return blocks
 
     def teacher_attention(self, inputs: InteractionInputs) -> list[TeacherAttention]:
         """The teacher's blocks for the same pairs."""

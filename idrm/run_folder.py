@@ -95,7 +95,8 @@ def _require_same_run(path: Path, config: TrainingRun) -> None:
         raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
     own = config.own_argument_names()
     for name in own:
-        if name not in config.free_to_change and before.get(name) != config.recorded[name]:
+        moved = name in config.free_to_move and None not in (before.get(name), config.recorded[name])
+        if name not in config.free_to_change and not moved and before.get(name) != config.recorded[name]:
             raise InputError(
                 f"--output_dir {config.output_dir}: holds another run, with {name} {before.get(name)!r} and not "
                 f"{config.recorded[name]!r}; give another folder"

@@ -13,8 +13,9 @@ Result = TypeVar("Result")
 class SideStream:
     """A CUDA stream of its own for work that the current stream needs only later; elsewhere work is done at once.
 
-    All of the work's memory comes from the side stream's pool, and every piece of work begins once the current stream
-    has done what was enqueued before: so what consumers of a result still read is never overwritten.
+    What the work allocates comes from the side stream's pool, and every piece of work begins once the current stream
+    has done what was enqueued before: so what consumers of an earlier result still read is never overwritten. What the
+    work reads, and writes in place, the caller keeps until the result is asked for.
     """
 
     def __init__(self) -> None:

@@ -39,7 +39,7 @@ from idrm.models import load_student, load_student_config, load_student_tokenize
 from idrm.preference import load_preferences
 from idrm.processes import command, prepare_training
 from idrm.run_folder import resume_checkpoint, write_run_file
-from idrm.teacher_cache import CachedTeacher, ReleaseTeacher, TeacherCache
+from idrm.teacher_cache import CachedTeacher, ReleaseTeacher, TeacherCache, prepare_cache_folder
 from idrm.trainer import RewardTrainer
 
 logger = logging.getLogger("idrm.train")
@@ -70,6 +70,8 @@ def train(config: RunConfiguration) -> None:
     student_config = load_student_config(config.model)
     tokenizer = load_student_tokenizer(config.model)
     args = prepare_training(config, "idrm/train.py")
+    if config.model.teacher_cache is not None:
+        prepare_cache_folder(Path(config.model.teacher_cache).expanduser())
     teacher = _load_teacher(config, args) if config.interaction.alpha > 0 else None
     student_layers: tuple[int, ...] = ()
     if teacher is not None:
@@ -188,6 +190,11 @@ def _pair_encoder(
     max_length = length_within("max_length", config.data.max_length, student_limit, DEFAULT_MAX_LENGTH)
     if teacher is None:
         return PairEncoder(tokenizer, None, max_length=max_length, teacher_max_length=DEFAULT_TEACHER_MAX_LENGTH)
+    if config.data.teacher_long_inputs == "windows" and not teacher.reads_windows:
+        raise InputError(
+            "--teacher_long_inputs windows: this teacher turns queries and keys by their position in a window, so that "
+            f"those of two windows do not compare; it reads up to {teacher.max_length} tokens at once, beyond which cut"
+        )
     default = teacher.max_length or DEFAULT_TEACHER_MAX_LENGTH
     teacher_max_length = length_within(
         "teacher_max_length", config.data.teacher_max_length, teacher.max_length, default

@@ -207,8 +207,9 @@ class PairEncoder:
     @property
     def fingerprint(self) -> str:
         """A digest of all that decides what comes out: tokenizers, template, lengths and this code."""
-        settings = (self.max_length, self.teacher_max_length, self.teacher_segment_order, self.teacher_long_inputs)
-        digest = sha256(repr((*settings, self.seed)).encode())
+        order = (self.teacher_segment_order, *((self.seed,) if self.teacher_segment_order == "random" else ()))
+        settings = (self.max_length, self.teacher_max_length, order, self.teacher_long_inputs)
+        digest = sha256(repr(settings).encode())
         for tokenizer in (self.student_tokenizer, self.teacher_tokenizer):
             if tokenizer is not None:
                 digest.update(tokenizer.backend_tokenizer.to_str().encode())

@@ -32,7 +32,9 @@ class Windows:
         return slice(self.starts[window], self.starts[window] + self.size)
 
     def owners(self) -> list[int]:
-        """For every token of the segment the window that it belongs to."""
+        """For every token of the segment the window that it belongs to; the last one that holds all of it, if any."""
+        if self.starts[0] == self.starts[-1]:
+            return [len(self.starts) - 1] * self.size
         borders = [(start + self.size + following) / 2 for start, following in pairwise(self.starts)]
         return [bisect_right(borders, token) for token in range(self.starts[-1] + self.size)]
 

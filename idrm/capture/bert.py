@@ -20,6 +20,7 @@ class BertFamily:
 
     # Their position ids start after the pad token's id, and they skip padding by themselves.
     counts_positions = ("camembert", "roberta", "xlm-roberta")
+    is_rotary = False
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], attn_implementation: str | None):
         implementation = attn_implementation or model.config._attn_implementation

@@ -64,6 +64,7 @@ class DebertaFamily:
 
     model_types = ("deberta", "deberta-v2")
     counts_positions = ()
+    is_rotary = False
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], attn_implementation: str | None):
         if getattr(model.config, "talking_head", False):

@@ -21,6 +21,7 @@ class ModernBertFamily(BertFamily):
 
     model_types = ("modernbert",)
     counts_positions = ()
+    is_rotary = True
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], attn_implementation: str | None):
         config = model.config

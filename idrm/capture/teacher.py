@@ -44,10 +44,12 @@ class TeacherFamily(Protocol):
     Attributes:
         model_types: the ``config.model_type`` values that it covers.
         counts_positions: those of them that derive position ids from the padding themselves.
+        is_rotary: whether queries and keys are turned by their position (RoPE).
     """
 
     model_types: tuple[str, ...]
     counts_positions: tuple[str, ...]
+    is_rotary: bool
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], attn_implementation: str | None):
         """Watches these layers of the whole model, and has it compute its attention as asked (None: the best there is).
@@ -93,6 +95,7 @@ class Teacher:
         layers: the supervised layers, counted from 0, in the order asked for.
         num_heads: attention heads of each layer, and ``head_dim`` the size of one.
         max_length: most tokens, special ones included, that it can read; None where there is no limit (DeBERTa).
+        reads_windows: whether queries and keys of different inputs can be compared, as reading in windows wants.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Teacher:
         self.num_heads: int = config.num_attention_heads
         self.head_dim: int = config.hidden_size // config.num_attention_heads
         self.max_length = family.max_length(config)
+        self.reads_windows = not family.is_rotary
         _keep_no_maps(config)
         self._model = model.eval().requires_grad_(False)
         self._family = family(model, self.layers, attn_implementation)
@@ -239,13 +243,12 @@ class Teacher:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A digest of all that decides its attention: weights, configuration, layers, attention implementation."""
+        """A digest of what decides its attention beyond rounding: weights in their dtype, configuration, layers."""
         digest = blake2b(digest_size=16)
         configuration = self._model.config.to_dict()
         for name in ("transformers_version", "_name_or_path", "architectures", "id2label", "label2id"):
             configuration.pop(name, None)
-        implementation = self._model.config._attn_implementation
-        digest.update(json.dumps([configuration, self.layers, implementation], sort_keys=True, default=str).encode())
+        digest.update(json.dumps([configuration, self.layers], sort_keys=True, default=str).encode())
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
             digest.update(memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()))

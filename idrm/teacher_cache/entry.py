@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 TEMPORARY_PREFIX = ".writing-"
+METADATA = "entry"
 # A safetensors file begins with the length of its header, which is JSON.
 LENGTH_BYTES = 8
 
@@ -29,16 +30,18 @@ def save_entry(path: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
 
     Any number of processes may write the same entry at once. Raises OSError if the disk refuses.
     """
-    content = save(dict(tensors), metadata={"key": key, "digest": _digest(tensors)})
+    # One value: safetensors would write several in any order, and equal entries are to be equal files.
+    content = save(dict(tensors), metadata={METADATA: f"{key} {_digest(tensors)}"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY_PREFIX)
+    # With the permissions that the user's files have: a folder may be shared, and tempfile's would be the user's alone.
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
 
 
@@ -54,19 +57,22 @@ def load_entry(path: Path, key: str, shapes: Mapping[str, tuple[int, ...]], dtyp
         content = path.read_bytes()
         tensors = load(content)
         header_length = int.from_bytes(content[:LENGTH_BYTES], "little")
-        metadata = json.loads(content[LENGTH_BYTES : LENGTH_BYTES + header_length]).get("__metadata__", {})
+        metadata = json.loads(content[LENGTH_BYTES : LENGTH_BYTES + header_length]).get("__metadata__") or {}
+        own_key, digest = metadata[METADATA].split(" ")
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise DamagedEntry(" ".join(str(error).split()) or type(error).__name__) from error
-    if metadata.get("key") != key:
+    except OSError as error:
+        raise DamagedEntry(f"it cannot be read: {error.strerror}") from error
+    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedEntry(f"it is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if own_key != key:
         raise DamagedEntry("it is the entry of another key")
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dict(shapes) or any(
         tensor.dtype != dtype for tensor in tensors.values()
     ):
         raise DamagedEntry("it holds tensors of other names, shapes or dtypes")
-    if metadata.get("digest") != _digest(tensors):
-        raise DamagedEntry("its values are not those that were written")
+    if digest != _digest(tensors):
+        raise DamagedEntry("it is damaged: its values are not those that were written")
     return tensors
 
 

@@ -133,7 +133,8 @@ def test_a_metric_that_evaluation_does_not_have(refused, eval_pairs_path):
 
 def test_a_cache_that_cannot_be(refused, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "file: cannot be written to" in refused(teacher_cache=tmp_path / "file")
+    assert "file: cannot be made" in refused(teacher_cache=tmp_path / "file")
+    assert "--teacher_cache: expected a folder, got an empty name" in refused(teacher_cache="")
     assert "--alpha 0 has no teacher" in refused(teacher_cache=tmp_path / "cache", alpha=0)
     assert "--teacher_cache_max_gb 1: caps no cache" in refused(teacher_cache_max_gb=1)
     assert "--teacher_cache_max_gb: expected at least" in refused(teacher_cache_max_gb=-1, teacher_cache="cache")
@@ -189,6 +190,12 @@ def test_a_student_that_is_an_encoder(refused, teacher_path, tmp_path):
     assert "is an encoder (bert)" in refused(model_name_or_path=teacher_path)
     ModernBertConfig().save_pretrained(tmp_path / "modernbert")
     assert "is an encoder (modernbert)" in refused(model_name_or_path=tmp_path / "modernbert")
+
+
+def test_windows_of_a_teacher_that_turns_by_position(refused, save_encoder):
+    teacher = save_encoder("modernbert", num_hidden_layers=3)
+    line = refused(teacher_name_or_path=teacher, teacher_long_inputs="windows")
+    assert "those of two windows do not compare; it reads up to 128 tokens at once" in line
 
 
 def test_a_teachers_attention_that_is_unknown(refused):

@@ -2,7 +2,10 @@
 
 import logging
 
+import pytest
+
 from idrm.arguments import parse_arguments
+from idrm.errors import InputError
 from idrm.run_folder import resume_checkpoint, write_run_file
 
 
@@ -27,3 +30,17 @@ def test_a_checkpoint_whose_trainer_state_is_half_written_is_passed_over(tmp_pat
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert resume_checkpoint(config) == tmp_path / "checkpoint-4"
+
+
+def test_a_cache_may_move_but_neither_come_nor_go(tmp_path):
+    flags = ["--model_name_or_path", "m", "--teacher_name_or_path", "t", "--dataset_name", "pairs.jsonl"]
+    for number, (before, after) in enumerate([("a", "b"), (None, "b"), ("a", None)]):
+        output = ["--output_dir", str(tmp_path / str(number))]
+        cached, resumed = ([*flags, *output, *(["--teacher_cache", name] if name else [])] for name in (before, after))
+        write_run_file(parse_arguments(cached))
+        config = parse_arguments([*resumed, "--resume_from_checkpoint"])
+        if number == 0:
+            assert resume_checkpoint(config) is None
+        else:
+            with pytest.raises(InputError, match="holds another run, with teacher_cache"):
+                resume_checkpoint(config)

@@ -263,10 +263,10 @@ def test_a_fingerprint_tells_teachers_apart(tokenizer):
     assert own == fingerprint(bert)
     others = [fingerprint(bert, layers=[-2]), fingerprint(bert, layers=[-1, -2]), fingerprint(bert, change=nudge)]
     others.append(fingerprint(bert, change=lambda model: setattr(model.config, "layer_norm_eps", 1e-5)))
-    others.append(fingerprint(bert, change=lambda model: model.set_attn_implementation("eager")))
     others.append(fingerprint(bert, change=lambda model: model.float()))
-    assert len({own, *others}) == 7
-    # What lies above the supervised layers decides nothing.
+    assert len({own, *others}) == 6
+    # What lies above the supervised layers decides nothing, and how attention is computed the rounding alone.
+    assert own == fingerprint(bert, change=lambda model: model.set_attn_implementation("eager"))
     assert fingerprint(bert, layers=[-2], change=above) == fingerprint(bert, layers=[-2])
 
 

@@ -27,6 +27,12 @@ def test_an_entry_is_read_as_it_was_written(tmp_path):
     assert os.listdir(path.parent) == [path.name]
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "other.safetensors")
+    content, mode = path.read_bytes(), path.stat().st_mode
+    save_entry(path, "key", TENSORS)
+    assert path.read_bytes() == content
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert mode == plain.stat().st_mode  # others may read it where they may read what is the user's
 
 
 def test_an_entry_without_one_of_its_bytes_or_with_another_is_damaged(tmp_path):
@@ -41,9 +47,11 @@ def test_an_entry_without_one_of_its_bytes_or_with_another_is_damaged(tmp_path):
             path.write_bytes(damaged)
             with pytest.raises(DamagedEntry):
                 load(path)
-    path.write_bytes(content + b"\0")
-    with pytest.raises(DamagedEntry):
-        load(path)
+    header = b'{"__metadata__":null}   '
+    for damaged in (content + b"\0", b"", len(header).to_bytes(8, "little") + header):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedEntry, match="damaged"):
+            load(path)
     path.write_bytes(content)
     assert same(load(path))
 
@@ -56,6 +64,11 @@ def test_a_foreign_entry_is_damaged(tmp_path):
     for arguments in ({"shapes": {**SHAPES, "k": (2, 2, 3)}}, {"shapes": {"q": (2, 3, 2)}}, {"dtype": torch.float16}):
         with pytest.raises(DamagedEntry, match="other names, shapes or dtypes"):
             load(path, **arguments)
+
+
+def test_what_cannot_be_read_says_so(tmp_path):
+    with pytest.raises(DamagedEntry, match="it cannot be read: Is a directory"):
+        load(tmp_path)
 
 
 def _write_often(path, value):
