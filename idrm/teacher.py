@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     # Started by its path, idrm/ itself is first on sys.path: put the folder that holds the package there instead.
@@ -218,8 +219,8 @@ def _require_known_metric(metric: str | None, labels: Sequence[str]) -> None:
         raise InputError(f"--metric_for_best_model {metric}: expected one of {', '.join(known)}")
 
 
-def _accuracy(config: TeacherConfiguration) -> dict[str, float] | None:
-    """The metrics on --eval_dataset_name, None where there is nothing to measure."""
+def _accuracy(config: TeacherConfiguration) -> dict[str, Any] | None:
+    """What `evaluate_classifier` says on --eval_dataset_name, None where there is nothing to measure."""
     name, data = config.encoder.model_name_or_path, config.data
     encoder_config = load_classifier_config(name)
     labels = classifier_labels(encoder_config)
@@ -252,16 +253,14 @@ def _accuracy(config: TeacherConfiguration) -> dict[str, float] | None:
     )
 
 
-def _print_accuracy(config: TeacherConfiguration, metrics: dict[str, float]) -> None:
+def _print_accuracy(config: TeacherConfiguration, accuracy: dict[str, Any]) -> None:
     table = Table(title=f"{config.encoder.model_name_or_path} on {config.data.eval_dataset_name}")
     for column in ("label", "pairs", "accuracy"):
         table.add_column(column, justify="left" if column == "label" else "right")
-    names = [name.removeprefix("pairs_") for name in metrics if name.startswith("pairs_")]
-    for label in names:
-        share = metrics.get(f"accuracy_{label}")
-        table.add_row(label, f"{metrics[f'pairs_{label}']:,}", "-" if share is None else f"{share:.4f}")
+    for label, part in accuracy["per_label"].items():
+        table.add_row(label, f"{part['examples']:,}", f"{part['accuracy']:.4f}")
     table.add_section()
-    table.add_row("all", f"{metrics['pairs']:,}", f"{metrics['accuracy']:.4f}")
+    table.add_row("all", f"{accuracy['examples']:,}", f"{accuracy['accuracy']:.4f}")
     Console().print(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,15 +50,16 @@ def evaluate_classifier(
     batch_size: int = 32,
     length_column: str = "length",
     show_progress: bool = True,
-) -> dict[str, float]:
-    """The metrics of any loaded classifier on encoded pairs, batched by length on the model's device.
+) -> dict[str, Any]:
+    """How any loaded classifier does on encoded pairs, batched by length on the model's device.
 
     Args:
         model: a classifier whose logits follow `labels`; its mode is restored.
         pairs: from `encode_nli`.
 
     Returns:
-        what `classification_metrics` returns, and pairs and pairs_<label>, the counts.
+        {"accuracy": share, "macro_f1": share, "examples": count, "per_label": {label: {"accuracy", "examples"}}}, with
+        the labels that are present.
     """
     order = np.argsort(np.asarray(pairs[length_column][:]), kind="stable")
     inputs = pairs.remove_columns([length_column, "label"])
@@ -72,8 +74,16 @@ def evaluate_classifier(
         batch = collate([inputs[int(row)] for row in rows]).to(model.device)
         predictions[rows] = model(**batch).logits.argmax(-1).cpu().numpy()
     model.train(was_training)
-    counts = {f"pairs_{_as_name(label)}": int((references == index).sum()) for index, label in enumerate(labels)}
-    return {**classification_metrics(predictions, references, labels), "pairs": len(references), **counts}
+    metrics = classification_metrics(predictions, references, labels)
+    return {
+        **{name: metrics[name] for name in ("accuracy", "macro_f1")},
+        "examples": len(references),
+        "per_label": {
+            label: {"accuracy": metrics[f"accuracy_{_as_name(label)}"], "examples": int((references == index).sum())}
+            for index, label in enumerate(labels)
+            if (references == index).any()
+        },
+    }
 
 
 def _as_name(label: str) -> str:

@@ -52,9 +52,8 @@ def test_an_evaluation_is_the_pairs_one_by_one(teacher_path, eval_nli_path):
     assert metrics["accuracy"] == pytest.approx(sum(a == b for a, b in hits) / 29)
     for index, label in enumerate(LABELS):
         own = [a == b for a, b in hits if a == index]
-        assert metrics[f"accuracy_{label}"] == pytest.approx(sum(own) / len(own))
-        assert metrics[f"pairs_{label}"] == len(own)
-    assert metrics["pairs"] == 29
+        assert metrics["per_label"][label] == pytest.approx({"accuracy": sum(own) / len(own), "examples": len(own)})
+    assert metrics["examples"] == 29
 
 
 def test_what_is_too_long_loses_tokens_of_its_longer_side_and_is_counted(teacher_path, eval_nli_path):
