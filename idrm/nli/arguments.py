@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -105,9 +105,34 @@ class CheckArguments:
             "came out into --output_dir."
         },
     )
+    compare_with: list[str] | None = field(
+        default=None,
+        metadata={"help": "With --check: further encoders to measure beside it, such as the same one untuned."},
+    )
     pairs_name: str | None = field(
         default=None,
-        metadata={"help": "With --check: preference pairs, as `idrm train` reads them, for its attention maps."},
+        metadata={"help": "With --check: preference pairs, as `idrm train` reads them, for the attention maps."},
+    )
+    pairs_split: str = field(default="test", metadata={"help": "Split of a hub name or folder in --pairs_name."})
+    max_pairs: int = field(
+        default=64, metadata={"help": "Most pairs whose maps are measured, taken at even distances."}
+    )
+    teacher_max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest joint input of a pair in tokens. Default: the teacher's limit, or 512."},
+    )
+    interaction_rows: Literal["all", "response"] = field(
+        default="all",
+        metadata={"help": "Rows of the maps that are looked at: all, or those of the responses, as in training."},
+    )
+    heat_map_pair: int = field(default=0, metadata={"help": "The pair in the picture, counted from 0."})
+    heat_map_layer: int | None = field(
+        default=None,
+        metadata={"help": "Its block, negative ones from the end. Default: the one that most differs from row to row."},
+    )
+    heat_map_normalization: Literal["block", "joint"] = field(
+        default="block",
+        metadata={"help": "Attention shared out within each sequence (block) or over both (joint) in the picture."},
     )
 
 
@@ -272,6 +297,9 @@ def _check(
         values,
         {
             "max_length": 8,
+            "teacher_max_length": 8,
+            "max_pairs": 1,
+            "heat_map_pair": 0,
             "dataset_num_proc": 1,
             "early_stopping_patience": 0,
             "per_device_train_batch_size": 1,
@@ -285,8 +313,9 @@ def _check(
         if data.eval_dataset_name is None and examination.pairs_name is None:
             raise InputError("--check needs something to measure on: give --eval_dataset_name or --pairs_name")
         return
-    if examination.pairs_name is not None:
-        raise InputError("--pairs_name is for --check, which examines a teacher")
+    misplaced = sorted({entry.name for entry in fields(CheckArguments)} & given.keys() - {"check"})
+    if misplaced:
+        raise InputError(f"--{misplaced[0]} is for --check, which examines a teacher")
     if data.dataset_name is None:
         raise InputError(f"--model_name_or_path {encoder.model_name_or_path} needs data: give --dataset_name")
     if data.eval_dataset_name is not None and "eval_share" in given:

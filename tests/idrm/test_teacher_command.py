@@ -191,11 +191,11 @@ def test_a_check_measures_accuracy_and_writes_it(tmp_path, run_here, plain, eval
     run_here(tmp_path / "report", *flags)
     report = json.loads((tmp_path / "report" / "nli_accuracy.json").read_text())
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["nli_accuracy.json"]
-    assert report == measured(plain, eval_nli_path)
+    assert report == {str(plain): measured(plain, eval_nli_path)}
     table = capsys.readouterr().out
     for label in LABELS:
         row = next(line for line in table.splitlines() if label in line)
-        assert f"{report['per_label'][label]['accuracy']:.4f}" in row
+        assert f"{report[str(plain)]['per_label'][label]['accuracy']:.4f}" in row
 
 
 def test_a_check_says_that_an_untuned_encoder_has_no_accuracy(tmp_path, run_here, encoder_path, eval_nli_path, caplog):
@@ -204,6 +204,23 @@ def test_a_check_says_that_an_untuned_encoder_has_no_accuracy(tmp_path, run_here
         run_here(tmp_path / "report", *flags)
     assert "is no NLI classifier: there is no accuracy to measure" in caplog.text
     assert not (tmp_path / "report").exists()
+
+
+def test_a_check_puts_teachers_side_by_side(tmp_path, run_here, plain, encoder_path, eval_nli_path, eval_pairs_path):
+    """The trained one and the untuned one it came from, on NLI and on preference pairs."""
+    flags = ("--check", "--model_name_or_path", plain, "--compare_with", encoder_path, "--max_pairs", 4)
+    run_here(tmp_path / "report", *flags, "--eval_dataset_name", eval_nli_path, "--pairs_name", eval_pairs_path)
+    files = {path.name for path in (tmp_path / "report").iterdir()}
+    assert files == {"nli_accuracy.json", "check.json", "check.md", "check.png"}
+    report = json.loads((tmp_path / "report" / "check.json").read_text())
+    trained, untuned = report["teachers"]
+    assert (trained["name"], untuned["name"]) == (str(plain), str(encoder_path))
+    assert trained["accuracy"]["accuracy"] == measured(plain, eval_nli_path)["accuracy"]
+    assert untuned["accuracy"] is None
+    assert trained["pairs"]["measured"] == 4
+    own, other = (teacher["blocks"] for teacher in (trained, untuned))
+    assert len(own) == len(other) == 2
+    assert own != other
 
 
 @pytest.fixture
@@ -249,6 +266,16 @@ def test_a_folder_that_holds_another_run(refused, plain, tmp_path, eval_nli_path
     shutil.copytree(plain, tmp_path / "out")
     assert "holds another run (run.yaml)" in refused()
     assert "holds another run, with eval_dataset_name" in refused(resume_from_checkpoint="true")
+
+
+def test_flags_of_a_check_without_one(refused, eval_pairs_path):
+    assert "--pairs_name is for --check" in refused(pairs_name=eval_pairs_path)
+    assert "--compare_with is for --check" in refused(compare_with="other")
+    assert "--check needs something to measure on" in refused(check=True)
+    assert "--max_pairs: expected at least 1" in refused(check=True, pairs_name=eval_pairs_path, max_pairs=0)
+    assert "heat_map_pair 99: expected one of the 11 pairs" in refused(
+        check=True, pairs_name=eval_pairs_path, heat_map_pair=99
+    )
 
 
 def test_a_check_is_one_process(refused, monkeypatch, eval_nli_path):
