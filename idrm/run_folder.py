@@ -34,7 +34,7 @@ def resume_checkpoint(config: TrainingRun) -> Path | None:
     resumes = wanted is not None and wanted.lower() != "false"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: is a file; expected a folder")
-    _require_writable(folder)
+    require_writable("--output_dir", folder)
     if (folder / RUN_FILE).exists():
         if not resumes:
             raise InputError(
@@ -79,13 +79,16 @@ def _is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def _require_writable(folder: Path) -> None:
-    """Writes a file without a name where the folder is or would be made, rather than fail once all is loaded."""
+def require_writable(flag: str, folder: Path) -> None:
+    """Writes a file without a name where the folder is or would be made, rather than fail once all is loaded.
+
+    Raises InputError that names the flag.
+    """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from error
+        raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror})") from error
 
 
 def _require_same_run(path: Path, config: TrainingRun) -> None:

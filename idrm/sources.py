@@ -1,4 +1,4 @@
-"""Raw records from the hub, a file or a folder, whatever they are records of."""
+"""Records from the hub, a file or a folder, whatever they are records of, and their conversion."""
 
 import bz2
 import gzip
@@ -6,10 +6,11 @@ import json
 import lzma
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, config, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, config, load_dataset, load_from_disk
 
 from idrm.errors import InputError
 
@@ -68,6 +69,48 @@ def load_records(source: str, *, split: str = "train", cache_dir: str | os.PathL
     if len(records) == 0:
         raise InputError(f"{source}: split {split!r} holds no records")
     return records
+
+
+def convert_records(
+    records: Dataset, source: str, convert: Callable[[dict], tuple[dict, str]], features: Features
+) -> tuple[Dataset, dict[str, int]]:
+    """Converts every record, and leaves out those that there is a reason to drop.
+
+    Args:
+        records: as ``load_records`` gives those of `source`.
+        convert: from a record to the new one and the reason to drop it, "" to keep it.
+        features: of the new ones.
+
+    Returns:
+        (dataset, dropped): the records kept, and how many were dropped for which reason.
+
+    Raises:
+        InputError: what `convert` raises, with the record's number; a record that is not UTF-8.
+    """
+
+    def numbered(record: dict, index: int) -> dict:
+        try:
+            converted, reason = convert(record)
+        except InputError as error:
+            raise InputError(f"{source}: record {index + 1}: {error}") from None
+        except UnicodeDecodeError as error:  # tables hold bytes, decoded when a record is read
+            raise InputError(f"{source}: record {index + 1}: not UTF-8: {error.reason}") from None
+        return {**converted, "drop_reason": reason}
+
+    # Converted afresh in every run: a cached table would outlive a change to the conversion.
+    converted = records.map(
+        numbered,
+        with_indices=True,
+        remove_columns=records.column_names,
+        features=Features({**features, "drop_reason": Value("string")}),
+        load_from_cache_file=False,
+        desc=f"Reading {source}",
+    )
+    reasons = converted["drop_reason"][:]
+    kept = [index for index, reason in enumerate(reasons) if not reason]
+    dropped = dict(sorted(Counter(reason for reason in reasons if reason).items()))
+    converted = converted.remove_columns("drop_reason")
+    return (converted.select(kept) if dropped else converted), dropped
 
 
 def _root_cause(error: BaseException) -> str:

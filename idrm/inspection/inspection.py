@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from idrm.inspection.heat_map import Panel, draw_heat_map
 from idrm.inspection.measures import BlockMeasures, PairMeasures
 from idrm.inspection.reading import ReadPair, TeacherReader
 from idrm.inspection.report import print_table, write_files
+from idrm.run_folder import require_writable
 
 DEFAULT_MAX_PAIRS = 64
 
@@ -82,7 +82,7 @@ def inspect_teacher(
         raise InputError(f"heat_map_pair {heat_map_pair}: expected one of the {len(records)} pairs, counted from 0")
     accuracies = [value and NliAccuracy.of(value) for value in (accuracy, *(compare_with or {}).values())]
     folder = Path(output_dir)
-    _require_writable(folder)
+    require_writable("output_dir", folder)
 
     layers = None if layers is None else tuple(layers)
     readers = [
@@ -232,12 +232,3 @@ def _pair_with_units(reader: TeacherReader, record: Mapping[str, Any], index: in
     if reason:
         raise InputError(f"heat_map_pair {index}: this pair has no map ({reason}); name another one")
     return encoded
-
-
-def _require_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be made or written to before anything is loaded."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise InputError(f"output_dir {folder}: cannot be written to ({error.strerror})") from error

@@ -152,10 +152,8 @@ def load_classifier(
 
 def longest_input(config: PreTrainedConfig) -> int | None:
     """Tokens, special ones included, that the encoder reads at most; None where there is no limit."""
-    for family in FAMILIES:
-        if config.model_type in family.model_types:
-            return family.max_length(config)
-    return config.max_position_embeddings
+    family = next(family for family in FAMILIES if config.model_type in family.model_types)
+    return family.max_length(config)
 
 
 def reads_token_types(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -13,13 +13,13 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from idrm.errors import InputError
-from idrm.sources import load_records
+from idrm.sources import convert_records, load_records
 
 # SNLI's and MultiNLI's order on the hub, which integers without names are taken to follow.
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 
 _KEYS = (("premise", "hypothesis", "label"), ("sentence1", "sentence2", "gold_label"))
-_FEATURES = Features({name: Value("string") for name in ("premise", "hypothesis", "label", "drop_reason")})
+_FEATURES = Features({name: Value("string") for name in ("premise", "hypothesis", "label")})
 
 
 @dataclass(frozen=True)
@@ -79,35 +79,18 @@ def load_nli(
     premise, hypothesis, label = _keys(source, records)
     naming = _Naming.of(source, records.features[label], label_names)
 
-    def convert(record: dict, index: int) -> dict:
-        try:
-            sides = {"premise": record[premise], "hypothesis": record[hypothesis]}
-            for key, text in zip((premise, hypothesis), sides.values(), strict=True):
-                if not isinstance(text, str):
-                    raise InputError(f"expected a string as {key!r}, found {type(text).__name__}")
-            name = _label_name(record[label], naming.names, label)
-        except InputError as error:
-            raise InputError(f"{source}: record {index + 1}: {error}") from None
-        except UnicodeDecodeError as error:  # tables hold bytes, decoded when a record is read
-            raise InputError(f"{source}: record {index + 1}: not UTF-8: {error.reason}") from None
+    def convert(record: dict) -> tuple[dict, str]:
+        sides = {"premise": record[premise], "hypothesis": record[hypothesis]}
+        for key, text in zip((premise, hypothesis), sides.values(), strict=True):
+            if not isinstance(text, str):
+                raise InputError(f"expected a string as {key!r}, found {type(text).__name__}")
+        name = _label_name(record[label], naming.names, label)
         empty = not all(text.strip() for text in sides.values())
-        return {**sides, "label": name, "drop_reason": "no_label" if name is None else "empty_text" if empty else ""}
+        return {**sides, "label": name}, "no_label" if name is None else "empty_text" if empty else ""
 
-    # Converted afresh in every run: a cached table would outlive a change to the conversion.
-    pairs = records.map(
-        convert,
-        with_indices=True,
-        remove_columns=records.column_names,
-        features=_FEATURES,
-        load_from_cache_file=False,
-        desc=f"Reading {source}",
-    )
-    reasons = pairs["drop_reason"][:]
-    kept = [index for index, reason in enumerate(reasons) if not reason]
-    dropped = dict(sorted(Counter(reason for reason in reasons if reason).items()))
-    if not kept:
-        raise InputError(f"no pair can be used ({NliReport(source, len(reasons), 0, dropped).summary()})")
-    pairs = pairs.select(kept)
+    pairs, dropped = convert_records(records, source, convert, _FEATURES)
+    if not len(pairs):
+        raise InputError(f"no pair can be used ({NliReport(source, len(records), 0, dropped).summary()})")
     found = pairs["label"][:]
     own = naming.order or _ordered(set(found))
     if labels is None:
@@ -118,10 +101,10 @@ def load_nli(
         raise InputError(f"{source}: label {strange[0]!r} is none of {', '.join(labels)}")
     counts = Counter(found)
     report = NliReport(
-        source, len(reasons), len(kept), dropped, {name: counts[name] for name in labels}, naming.assumed
+        source, len(records), len(pairs), dropped, {name: counts[name] for name in labels}, naming.assumed
     )
     position = {name: index for index, name in enumerate(labels)}
-    pairs = pairs.remove_columns(["label", "drop_reason"])
+    pairs = pairs.remove_columns("label")
     pairs = pairs.add_column("label", [position[name] for name in found], feature=Value("int64"))
     return pairs, tuple(labels), report
 

@@ -1,14 +1,13 @@
 """Preference data from the hub, a file or a folder: every record is converted, and every dropped pair is counted."""
 
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 
 from datasets import Dataset, Features, Value
 
 from idrm.errors import InputError
 from idrm.preference.formats import convert_record, drop_reason
-from idrm.sources import load_records
+from idrm.sources import convert_records, load_records
 
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 _FEATURES = Features(
@@ -17,7 +16,6 @@ _FEATURES = Features(
         "rejected": _MESSAGES,
         "conversational": Value("bool"),
         "margin": Value("float64"),
-        "drop_reason": Value("string"),
     }
 )
 
@@ -55,29 +53,12 @@ def load_preferences(
     """
     records = load_records(source, split=split, cache_dir=cache_dir)
 
-    def convert(record: dict, index: int) -> dict:
-        try:
-            pair = convert_record(record)
-        except InputError as error:
-            raise InputError(f"{source}: record {index + 1}: {error}") from None
-        except UnicodeDecodeError as error:  # tables hold bytes, decoded when a record is read
-            raise InputError(f"{source}: record {index + 1}: not UTF-8: {error.reason}") from None
-        return {**pair, "drop_reason": drop_reason(pair) or ""}
+    def convert(record: dict) -> tuple[dict, str]:
+        pair = convert_record(record)
+        return pair, drop_reason(pair) or ""
 
-    # Converted afresh in every run: a cached table would outlive a change to the conversion.
-    pairs = records.map(
-        convert,
-        with_indices=True,
-        remove_columns=records.column_names,
-        features=_FEATURES,
-        load_from_cache_file=False,
-        desc=f"Reading {source}",
-    )
-    reasons = pairs["drop_reason"][:]
-    kept = [index for index, reason in enumerate(reasons) if not reason]
-    dropped = dict(sorted(Counter(reason for reason in reasons if reason).items()))
-    report = PreferenceReport(source, read=len(reasons), kept=len(kept), dropped=dropped)
-    if not kept:
+    pairs, dropped = convert_records(records, source, convert, _FEATURES)
+    report = PreferenceReport(source, read=len(records), kept=len(pairs), dropped=dropped)
+    if not report.kept:
         raise InputError(f"no pair can be used ({report.summary()})")
-    pairs = pairs.remove_columns("drop_reason")
-    return (pairs.select(kept) if dropped else pairs), report
+    return pairs, report
