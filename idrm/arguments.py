@@ -75,7 +75,8 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "The teacher's attention: sdpa, flashdeberta (DeBERTa in half precision on a GPU, an extra), "
-            "flash_attention_2 (the other families) or eager, which holds maps of a block. Default: the best that runs."
+            "flash_attention_2 (the other families) or eager, which holds maps of a block. Default: flashdeberta "
+            "where it can run, else sdpa."
         },
     )
     pad_token: str | None = field(

@@ -129,7 +129,7 @@ def attention_map_rows(
 ) -> list[Tensor]:
     """Rows of a merged, head-averaged map, for inspection, pictures and StoredMaps; no gradient.
 
-    Consecutive rows of a segment are made together, in tiles, without a map of any head being held.
+    Consecutive rows of an example are made together, in tiles, without a map of any head being held.
 
     Args:
         model: the student's attention, or with teacher_side the teacher's.

@@ -23,6 +23,8 @@ class BertFamily:
     is_rotary = False
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], attn_implementation: str | None):
+        if getattr(model.config, "is_decoder", False):
+            raise InputError("teacher: is_decoder true hides the tokens to the right; expected an encoder")
         implementation = attn_implementation or model.config._attn_implementation
         if implementation not in SUPPORTED_IMPLEMENTATIONS:
             raise InputError(
@@ -36,6 +38,10 @@ class BertFamily:
         blocks = self.blocks(model)
         modules = {self.attention_module(blocks[layer]): layer for layer in layers}
         self._recorder = AttentionRecorder(modules, model.config, "teacher")
+
+    @classmethod
+    def supervisable_layers(cls, config: PretrainedConfig) -> list[int]:
+        return list(range(config.num_hidden_layers))
 
     @classmethod
     def blocks(cls, model: PreTrainedModel) -> nn.ModuleList:
@@ -52,7 +58,11 @@ class BertFamily:
 
     @classmethod
     def max_length(cls, config: PretrainedConfig) -> int | None:
-        reserved = config.pad_token_id + 1 if config.model_type in cls.counts_positions else 0
+        if config.model_type not in cls.counts_positions:
+            return config.max_position_embeddings
+        if config.pad_token_id is None:
+            raise InputError(f"teacher: {config.model_type} counts positions from pad_token_id, which its config lacks")
+        reserved = config.pad_token_id + 1
         return config.max_position_embeddings - reserved
 
     def attention(

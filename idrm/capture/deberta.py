@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,14 @@ class _Positions(NamedTuple):
 
     def to(self, like: Tensor) -> _Positions:
         """The same in the dtype and on the device of another tensor."""
-        key, query = (None if table is None else table.to(like) for table in (self.key, self.query))
+        return self._each(lambda table: table.to(like))
+
+    def of_slots(self, first: int, last: int) -> _Positions:
+        """Those of the slots first..last."""
+        return self._each(lambda table: table[first : last + 1])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> _Positions:
+        key, query = (None if table is None else change(table) for table in (self.key, self.query))
         return _Positions(key, query, self.num_terms)
 
 
@@ -71,6 +78,8 @@ class DebertaFamily:
             raise InputError(
                 "teacher: DeBERTa with talking_head mixes heads after the scores; expected talking_head=False"
             )
+        if getattr(model.config, "position_buckets", -1) == 1:
+            raise InputError("teacher: DeBERTa with one position bucket has no differences; expected more, or -1")
         if attn_implementation not in (None, *ATTN_IMPLEMENTATIONS):
             raise InputError(
                 f"teacher: attention implementation {attn_implementation!r} is unknown to DeBERTa; expected one of "
@@ -85,7 +94,7 @@ class DebertaFamily:
         self._project_positions = _project_positions_v1 if v1 else _project_positions_v2
         self._blocks = {layer: model.encoder.layer[layer] for layer in layers}
         self._slot_tables: dict[tuple[int, torch.device], _SlotTable] = {}
-        self._positions: dict[tuple[int, int, torch.dtype, torch.device], _Positions] = {}
+        self._positions: dict[tuple[int, torch.dtype], _Positions] = {}
         if attn_implementation != "eager":
             # What the blocks are handed: the mask of the tokens, and none of the (tokens, tokens) differences.
             model.encoder.get_attention_mask = Tensor.bool
@@ -94,6 +103,10 @@ class DebertaFamily:
                 block.attention.self.forward = functools.partial(self._attend, block.attention.self)
         # Of the highest supervised block only what enters it is read.
         model.encoder.layer[max(layers)].forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
+
+    @classmethod
+    def supervisable_layers(cls, config: PretrainedConfig) -> list[int]:
+        return list(range(config.num_hidden_layers))
 
     @classmethod
     def blocks(cls, model: PreTrainedModel) -> nn.ModuleList:
@@ -148,14 +161,14 @@ class DebertaFamily:
         return PackedAttention(q=q, k=k, softmax_scale=scale, position_bias=bias)
 
     def _embedded_positions(self, layer: int, slots: _SlotTable | None, like: Tensor) -> _Positions:
-        """One layer's projected position embeddings: the weights are frozen, so that each is made once."""
-        key = (layer, 0 if slots is None else slots.reach, like.dtype, like.device)
-        if key not in self._positions:
-            embeddings = None
-            if slots is not None:
-                embeddings = self._model.encoder.get_rel_embedding()[slots.first : slots.last + 1]
-            self._positions[key] = self._project_positions(self._blocks[layer].attention.self, embeddings).to(like)
-        return self._positions[key]
+        """One layer's projected position embeddings of these slots: the weights are frozen, and all are made once."""
+        if (layer, like.dtype) not in self._positions:
+            embeddings = None if slots is None else self._model.encoder.get_rel_embedding()
+            whole = self._project_positions(self._blocks[layer].attention.self, embeddings)
+            self._positions[layer, like.dtype] = whole
+        # Where the teacher is not, behind a cache, the position embeddings may still be wanted.
+        whole = self._positions[layer, like.dtype] = self._positions[layer, like.dtype].to(like)
+        return whole if slots is None else whole.of_slots(slots.first, slots.last)
 
     def _attend(
         self, attention: nn.Module, hidden_states: Tensor, mask: Tensor, *_, rel_embeddings: Tensor | None = None, **__
@@ -166,8 +179,8 @@ class DebertaFamily:
         if self._uses_flashdeberta(device):
             embedded = self._project_positions(attention, rel_embeddings)
             buckets = getattr(encoder, "position_buckets", -1)
-            span = {"position_buckets": buckets, "max_relative_positions": encoder.max_relative_positions}
-            compute = functools.partial(flashdeberta, **span)
+            ranges = {"position_buckets": buckets, "max_relative_positions": encoder.max_relative_positions}
+            compute = functools.partial(flashdeberta, **ranges)
         else:
             slots = None if rel_embeddings is None else self._slots(hidden_states.shape[1], device)
             embeddings = None if slots is None else rel_embeddings[slots.first : slots.last + 1]
@@ -202,12 +215,13 @@ class DebertaFamily:
             encoder = self._model.encoder
             # Made by transformers' own function on the model's device: a bucket's edge hangs on one rounding.
             delta = torch.arange(-reach, reach + 1, device=device)
-            span = encoder.max_relative_positions
+            zero = encoder.max_relative_positions  # the slot of no difference
             if getattr(encoder, "position_buckets", -1) > 0:
-                delta = make_log_bucket_position(delta, encoder.position_buckets, span).long()
-                span = encoder.position_buckets
-            slot = (delta + span).clamp(0, 2 * span - 1)
-            first, last = slot[0].item(), slot[-1].item()
+                delta = make_log_bucket_position(delta, encoder.position_buckets, zero).long()
+                zero = encoder.position_buckets
+            slot = (delta + zero).clamp(0, 2 * zero - 1)
+            # Not those of the ends: buckets about as many as the range are not monotone.
+            first, last = slot.min().item(), slot.max().item()
             self._slot_tables[reach, device] = _SlotTable(reach, (slot - first).int(), first, last)
         return self._slot_tables[reach, device]
 

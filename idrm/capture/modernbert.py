@@ -26,7 +26,7 @@ class ModernBertFamily(BertFamily):
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], attn_implementation: str | None):
         config = model.config
         depth = len(config.layer_types)
-        global_layers = [layer for layer, kind in enumerate(config.layer_types) if kind == "full_attention"]
+        global_layers = self.supervisable_layers(config)
         local_layers = [layer for layer in layers if layer not in global_layers]
         if local_layers:
             listed = ", ".join(f"{layer} ({layer - depth})" for layer in global_layers)
@@ -36,6 +36,10 @@ class ModernBertFamily(BertFamily):
                 f"{config.local_attention} tokens; " + (remedy if global_layers else "it has no global layer")
             )
         super().__init__(model, layers, attn_implementation)
+
+    @classmethod
+    def supervisable_layers(cls, config: PretrainedConfig) -> list[int]:
+        return [layer for layer, kind in enumerate(config.layer_types) if kind == "full_attention"]
 
     @classmethod
     def blocks(cls, model: PreTrainedModel) -> nn.ModuleList:

@@ -52,10 +52,14 @@ class TeacherFamily(Protocol):
     is_rotary: bool
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int], attn_implementation: str | None):
-        """Watches these layers of the whole model, and has it compute its attention as asked (None: the best there is).
+        """Watches these layers of the whole model, and has it compute its attention as asked (None: its default).
 
         Raises InputError for an attention that it cannot represent and for an implementation that cannot run.
         """
+
+    @classmethod
+    def supervisable_layers(cls, config: PretrainedConfig) -> list[int]:
+        """The layers whose queries see all keys, counted from 0."""
 
     @classmethod
     def blocks(cls, model: PreTrainedModel) -> nn.ModuleList:
@@ -138,19 +142,17 @@ class Teacher:
         Args:
             name_or_path: hub name or folder, with safetensors weights and a fast tokenizer.
             layers: supervised layers, negative ones from the end.
-            attn_implementation: None takes the best that can run. "eager" everywhere, with the maps of one block held;
-                "sdpa" everywhere, for DeBERTa in row chunks with its position bias; "flash_attention_2" of BERT-like
-                teachers and ModernBERT; "flashdeberta", that package's kernel, of DeBERTa in half precision on a GPU.
+            attn_implementation: "eager" everywhere, with the maps of one block held; "sdpa" everywhere, for DeBERTa in
+                row chunks with its position bias; "flash_attention_2" of BERT-like teachers and ModernBERT;
+                "flashdeberta", that package's kernel, of DeBERTa in half precision on a GPU. None takes the last where
+                it can run, else "sdpa".
             dtype: None keeps the checkpoint's.
 
         Raises InputError for a checkpoint that cannot be read, a family without support, a slow tokenizer, a layer
         beyond the depth or without a whole map, and an attention implementation that cannot run; warns if the
         checkpoint is no NLI classifier.
         """
-        require_folder(f"teacher {name_or_path!r}", name_or_path)
-        with refusals(f"teacher {name_or_path!r}: cannot load the configuration"):
-            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        family = _family_of(config, f"teacher {name_or_path!r}")
+        config, family = load_teacher_config(name_or_path)
         with refusals(f"teacher {name_or_path!r}: cannot load a fast tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, use_fast=True, trust_remote_code=False)
         if not tokenizer.is_fast:
@@ -253,6 +255,14 @@ class Teacher:
             digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
             digest.update(memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()))
         return digest.hexdigest()
+
+
+def load_teacher_config(name_or_path: str) -> tuple[PretrainedConfig, type[TeacherFamily]]:
+    """The configuration of a checkpoint and its family; InputError where there is none, or none that is supported."""
+    require_folder(f"teacher {name_or_path!r}", name_or_path)
+    with refusals(f"teacher {name_or_path!r}: cannot load the configuration"):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    return config, _family_of(config, f"teacher {name_or_path!r}")
 
 
 def _family_of(config: PretrainedConfig, whose: str) -> type[TeacherFamily]:

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from idrm.alignment import PairEncoder
 from idrm.capture import Teacher
 from idrm.capture.layers import resolve_layers
+from idrm.capture.teacher import load_teacher_config
 from idrm.collator import PairCollator
-from idrm.errors import InputError, refusals, require_folder
+from idrm.errors import InputError
 from idrm.inspection.measures import PairUnits
 from idrm_kernels import MapLayout, PackedAttention, attention_map_rows
 
@@ -79,8 +79,11 @@ class TeacherReader:
     ):
         """Raises InputError for what ``Teacher.load`` refuses, and a length beyond what the teacher reads."""
         self.name = name_or_path
-        self.num_layers, supervisable = _depth(name_or_path)
-        asked = supervisable if layers is None else resolve_layers(layers, self.num_layers, "teacher")
+        config, family = load_teacher_config(name_or_path)
+        self.num_layers = config.num_hidden_layers
+        asked = (
+            family.supervisable_layers(config) if layers is None else resolve_layers(layers, self.num_layers, "teacher")
+        )
         self._teacher = Teacher.load(name_or_path, layers=sorted(set(asked)), dtype=dtype).to(device)
         self.layers = self._teacher.layers
         limit = self._teacher.max_length
@@ -110,13 +113,3 @@ class TeacherReader:
             units=PairUnits.of(encoded, offsets.diff(), self._rows),
             tokens=["".join(pieces[start:stop]) for start, stop in itertools.pairwise(offsets.tolist())],
         )
-
-
-def _depth(name_or_path: str) -> tuple[int, list[int]]:
-    """The layers of a checkpoint, and which of them attend to all tokens and so can be supervised."""
-    require_folder(f"teacher {name_or_path!r}", name_or_path)
-    with refusals(f"teacher {name_or_path!r}: cannot load the configuration"):
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    num_layers = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
-    return num_layers, [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]

@@ -503,13 +503,11 @@ def map_rows(problem: MapProblem, side: Attention, rows: Sequence[int]) -> list[
     Consecutive rows of an example are computed together.
     """
     ends = [problem.example_segments(example)[-1].stop for example in range(problem.num_examples)]
-    by_run = itertools.groupby(enumerate(rows), lambda place: (bisect_right(ends, place[1]), place[1] - place[0]))
     maps = []
-    for (example, _), places in by_run:
-        run = [row for _, row in places]
-        units = range(run[0], run[-1] + 1)
-        groups = [
-            GroupAttention(problem, side, example, group).merged_rows(units) for group in range(problem.num_head_groups)
-        ]
-        maps += torch.stack(groups, dim=1)
+    for example, own in itertools.groupby(rows, lambda row: bisect_right(ends, row)):
+        groups = [GroupAttention(problem, side, example, group) for group in range(problem.num_head_groups)]
+        for _, places in itertools.groupby(enumerate(own), lambda place: place[1] - place[0]):
+            run = [row for _, row in places]
+            merged = [group.merged_rows(range(run[0], run[-1] + 1)) for group in groups]
+            maps += torch.stack(merged, dim=1)
     return maps

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from idrm.capture import disentangled_attention
 from idrm.capture.disentangled_attention import flashdeberta, flashdeberta_obstacle, sdpa_in_row_chunks
@@ -116,21 +117,27 @@ def test_flashdeberta_equals_the_formula(terms, no_device_guard):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """installed(error=0.0): a flashdeberta whose results are off by so much, and what it is called with."""
+    """installed(error=0.0, ignoring=""): a flashdeberta with these faults, and what it is called with."""
     calls = []
 
-    def install(error=0.0):
+    def install(error=0.0, ignoring=""):
         def attention(q, k, v, seq_lengths, pos_key, pos_query, **options):
             calls.append(options)
-            span = options["position_buckets"] if options["position_buckets"] > 0 else options["max_relative_distance"]
+            buckets, reach = options["position_buckets"], options["max_relative_distance"]
             tokens = q.shape[2]
-            slots = (torch.arange(-tokens, tokens + 1) + span).clamp(0, 2 * span - 1)
+            delta = torch.arange(-tokens, tokens + 1)
+            if buckets > 0 and "log" not in ignoring:
+                delta = make_log_bucket_position(delta, buckets, reach).long()
+            zero = buckets if buckets > 0 else reach
+            slots = (delta + zero).clamp(0, 2 * zero - 1)
+            if "one term" in ignoring and None in (pos_key, pos_query):
+                return torch.zeros_like(q)
             result = sdpa_in_row_chunks(
                 *(heads.transpose(1, 2) for heads in (q, k, v)),
                 torch.arange(tokens) < seq_lengths[:, None],
                 softmax_scale=options["sm_scale"],
-                pos_key=pos_key[0].transpose(0, 1),
-                pos_query=pos_query[0].transpose(0, 1),
+                pos_key=None if pos_key is None else pos_key[0].transpose(0, 1),
+                pos_query=None if pos_query is None else pos_query[0].transpose(0, 1),
                 slot_of_delta=slots,
             )
             return result.transpose(1, 2) + error
@@ -148,13 +155,16 @@ def installed(monkeypatch):
     flashdeberta_obstacle.cache_clear()
 
 
-def test_flashdeberta_is_held_to_a_small_problem(installed):
+def test_flashdeberta_is_held_to_small_problems(installed):
     calls = installed()
     wrong = disentangled_attention._wrong_on_a_small_problem
     assert wrong(torch.bfloat16, 16, torch.device("cpu")) is None
     assert calls[0]["sm_scale"] == 48**-0.5
     installed(error=0.1)
     assert "is off by 0.1" in wrong(torch.bfloat16, 16, torch.device("cpu"))
+    for fault in ("log buckets", "one term"):
+        installed(ignoring=fault)
+        assert "is off by" in wrong(torch.bfloat16, 16, torch.device("cpu"))
 
 
 def test_a_flashdeberta_that_fails_is_an_obstacle_and_not_an_error(installed, monkeypatch, caplog):

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     ByT5Tokenizer,
+    CamembertConfig,
     DebertaConfig,
     DebertaV2Config,
     DistilBertConfig,
@@ -52,6 +53,7 @@ V2 = {**RELATIVE, "pos_att_type": ["c2p", "p2c"], "norm_rel_ebd": "layer_norm"}
 MODERN_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)
 CONFIGS = {
     "bert": BertConfig(**SIZES),
+    "camembert": CamembertConfig(**SIZES | {"max_position_embeddings": 65, "type_vocab_size": 1}),
     "roberta": RobertaConfig(**SIZES | {"max_position_embeddings": 65, "type_vocab_size": 1}),
     "xlm-roberta": XLMRobertaConfig(**SIZES | {"max_position_embeddings": 67, "pad_token_id": 2, "type_vocab_size": 1}),
     "electra": ElectraConfig(**SIZES, embedding_size=16),
@@ -79,6 +81,7 @@ CONFIGS = {
     "v2 buckets": DebertaV2Config(**V2, position_buckets=16, share_att_key=True),
     "v2 buckets c2p": DebertaV2Config(**V2 | {"pos_att_type": ["c2p"]}, position_buckets=16),
     "v2 buckets p2c": DebertaV2Config(**V2 | {"pos_att_type": ["p2c"]}, position_buckets=16, share_att_key=True),
+    "v2 buckets about as many as the range": DebertaV2Config(**V2, position_buckets=16, max_relative_positions=9),
     "v2 buckets beyond the range": DebertaV2Config(**V2, position_buckets=8, max_relative_positions=20),
     "v2 odd buckets": DebertaV2Config(**V2, position_buckets=7, max_relative_positions=20),
     "v2 no layer norm, absolute positions": DebertaV2Config(
@@ -91,7 +94,17 @@ OTHERS = {
         **V2 | {"position_biased_input": True, "type_vocab_size": 2}, position_buckets=16
     )
 }
-BOUNDED = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert", "plain", "absolute positions")
+BOUNDED = (
+    "bert",
+    "camembert",
+    "roberta",
+    "xlm-roberta",
+    "electra",
+    "distilbert",
+    "modernbert",
+    "plain",
+    "absolute positions",
+)
 DEBERTAS = [name for name in CONFIGS if name.startswith(("v1", "v2"))]
 
 
@@ -368,6 +381,31 @@ def test_inputs_beyond_max_length_are_refused(tokenizer):
 def test_layers_beyond_the_depth(tokenizer):
     with pytest.raises(InputError, match="teacher: layer 3 is beyond the model's depth"):
         Teacher(build(CONFIGS["bert"]), tokenizer, [3])
+
+
+def test_what_is_no_encoder_or_has_no_differences_is_refused(tokenizer):
+    for name, changes, expected in (
+        ("bert", {"is_decoder": True}, "is_decoder true hides the tokens to the right"),
+        ("roberta", {"pad_token_id": None}, "roberta counts positions from pad_token_id, which its config lacks"),
+        ("v2 buckets", {"position_buckets": 1}, "with one position bucket has no differences"),
+    ):
+        model = build(CONFIGS[name])
+        model.config.update(changes)
+        with pytest.raises(InputError, match=expected):
+            Teacher(model, tokenizer)
+
+
+def test_a_teacher_reads_inputs_of_one_length_after_another(tokenizer):
+    """What DeBERTa keeps of its positions serves every length."""
+    config = CONFIGS["v2 buckets"]
+    teacher = Teacher(build(config), tokenizer, [-1, 0, -1])
+    for lengths in ([(9, 4)], [(70, 75), (2, 0)], [(9, 4)]):
+        inputs = interaction_inputs(config, lengths)
+        fresh = Teacher(build(config), tokenizer, [-1, 0, -1]).attention(inputs)
+        for ours, theirs in zip(teacher.attention(inputs), fresh, strict=True):
+            assert torch.equal(ours.q, theirs.q)
+            assert torch.equal(ours.position_bias.c2p, theirs.position_bias.c2p)
+            assert torch.equal(ours.position_bias.slot_of_delta, theirs.position_bias.slot_of_delta)
 
 
 def test_talking_heads_are_refused(tokenizer):
