@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from idrm.errors import InputError
@@ -19,46 +23,51 @@ from idrm.nli.classifier import classifier_labels, load_classifier, load_classif
 from idrm.nli.evaluation import evaluate_classifier
 from idrm.nli.sets import encoded_pairs, labelled_pairs
 from idrm.preference import load_preferences
-from idrm.run_folder import write_whole
+from idrm.run_folder import require_writable, write_whole
 
 logger = logging.getLogger("idrm.teacher")
 
 DEFAULT_FOLDER = "idrm-teacher-check"
 ACCURACY_FILE = "nli_accuracy.json"
+SEED_OF_OTHER_PREMISES = 0
 
 
 def examine(config: TeacherConfiguration) -> None:
     """Examines the encoder at --model_name_or_path, and those of --compare_with beside it.
 
-    With --eval_dataset_name, accuracy on NLI as a table and in ACCURACY_FILE; with --pairs_name, the attention maps as
-    a table, and check.json, check.md and check.png (``inspect_teacher``). A checkpoint that is no NLI classifier has no
-    accuracy, which the log says.
+    With --eval_dataset_name, accuracy on NLI as a table; with --pairs_name, the attention maps as a table, and both in
+    check.json, check.md and check.png (``inspect_teacher``); without --pairs_name, accuracy in ACCURACY_FILE. A
+    checkpoint that is no NLI classifier has no accuracy.
 
     Raises:
-        InputError: anything the user can put right.
+        InputError: anything the user can put right; nothing has been written then.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--check runs in one process: start it with python or idrm teacher")
     arguments = config.examination
     folder = config.output_dir if "output_dir" in config.given else Path(DEFAULT_FOLDER)
-    name, others = config.encoder.model_name_or_path, arguments.compare_with or []
-    pairs = None
-    if arguments.pairs_name is not None:
+    require_writable("--output_dir", folder)
+    device = _device(config)
+    names = [config.encoder.model_name_or_path, *(arguments.compare_with or [])]
+    measures = {name: functools.cache(functools.partial(_accuracy, config, name, device)) for name in names}
+    if arguments.pairs_name is None:
+        found = {name: accuracy for name, measure in measures.items() if (accuracy := measure()) is not None}
+        if not found:
+            raise InputError(
+                f"{names[0]}: is no NLI classifier, and there is nothing to measure without its head; give "
+                "--pairs_name for its attention maps"
+            )
+        _print_accuracies(config, found)
+        write_whole(folder / ACCURACY_FILE, json.dumps(found, indent=2) + "\n")
+    else:
         pairs, report = load_preferences(arguments.pairs_name, split=arguments.pairs_split)
         logger.info(report.summary())
-    device = _device(config)
-    accuracies = {teacher: _accuracy(config, teacher, device) for teacher in (name, *others)}
-    measured = {teacher: accuracy for teacher, accuracy in accuracies.items() if accuracy is not None}
-    if measured:
-        _print_accuracies(config, measured)
-        write_whole(folder / ACCURACY_FILE, json.dumps(measured, indent=2) + "\n")
-    if pairs is not None:
         inspect_teacher(
-            name,
+            names[0],
             pairs,
             output_dir=folder,
-            accuracy=accuracies.pop(name),
-            compare_with=accuracies,
+            accuracy=measures[names[0]],
+            compare_with={name: measures[name] for name in names[1:]},
             max_pairs=arguments.max_pairs,
             teacher_max_length=arguments.teacher_max_length,
             interaction_rows=arguments.interaction_rows,
@@ -67,8 +76,10 @@ def examine(config: TeacherConfiguration) -> None:
             heat_map_normalization=arguments.heat_map_normalization,
             device=device,
         )
-    if measured or pairs is not None:
-        logger.info("The report is in %s", folder)
+        found = {name: accuracy for name, measure in measures.items() if (accuracy := measure()) is not None}
+        if found:
+            _print_accuracies(config, found)
+    logger.info("The report is in %s", folder)
 
 
 def _device(config: TeacherConfiguration) -> torch.device:
@@ -78,41 +89,52 @@ def _device(config: TeacherConfiguration) -> torch.device:
 
 
 def _accuracy(config: TeacherConfiguration, name: str, device: torch.device) -> dict[str, Any] | None:
-    """What `evaluate_classifier` says on --eval_dataset_name, None where there is nothing to measure."""
+    """What `evaluate_classifier` says on --eval_dataset_name, None where there is nothing to measure.
+
+    "with_other_premises" is the accuracy where the premises of the set are exchanged among its pairs: what is left of
+    the other is what the true premises add.
+    """
     encoder_config = load_classifier_config(name)
     labels = classifier_labels(encoder_config)
     if config.data.eval_dataset_name is None:
-        logger.info("Without --eval_dataset_name, accuracy is not measured.")
         return None
     if labels is None:
         logger.warning("%s is no NLI classifier: there is no accuracy to measure.", name)
         return None
     tokenizer = load_classifier_tokenizer(name)
     pairs = labelled_pairs(config, config.data.eval_dataset_name, config.data.eval_dataset_split, labels)
-    encoded = encoded_pairs(config, "eval", pairs, tokenizer, encoder_config, "length")
     model = load_classifier(
         name,
         encoder_config,
         labels,
         pooling=config.encoder.pooling,
         attn_implementation=config.encoder.attn_implementation,
-    )
-    return evaluate_classifier(
-        model.to(device),
-        tokenizer,
-        encoded,
-        labels,
-        batch_size=config.training["per_device_eval_batch_size"],
-        show_progress=not config.training["disable_tqdm"],
-    )
+    ).to(device)
+
+    def evaluate(pairs: Dataset) -> dict[str, Any]:
+        return evaluate_classifier(
+            model,
+            tokenizer,
+            encoded_pairs(config, "eval", pairs, tokenizer, encoder_config, "length"),
+            labels,
+            batch_size=config.training["per_device_eval_batch_size"],
+            show_progress=not config.training["disable_tqdm"],
+        )
+
+    order = np.random.default_rng(SEED_OF_OTHER_PREMISES).permutation(len(pairs))
+    premises = pairs["premise"][:]
+    exchanged = pairs.remove_columns("premise").add_column("premise", [premises[row] for row in order])
+    return {**evaluate(pairs), "with_other_premises": evaluate(exchanged)["accuracy"]}
 
 
 def _print_accuracies(config: TeacherConfiguration, accuracies: dict[str, dict[str, Any]]) -> None:
-    table = Table(title=f"Accuracy on {config.data.eval_dataset_name}")
+    table = Table(title=escape(f"Accuracy on {config.data.eval_dataset_name}"))
     for column in ("teacher", "label", "pairs", "accuracy"):
         table.add_column(column, justify="left" if column in ("teacher", "label") else "right")
     for name, accuracy in accuracies.items():
-        for label, part in accuracy["per_label"].items():
-            table.add_row(name, label, f"{part['examples']:,}", f"{part['accuracy']:.4f}")
-        table.add_row(name, "all", f"{accuracy['examples']:,}", f"{accuracy['accuracy']:.4f}", end_section=True)
+        parts = {**accuracy["per_label"], "all": accuracy}
+        parts["all, with other pairs' premises"] = {**accuracy, "accuracy": accuracy["with_other_premises"]}
+        for label, part in parts.items():
+            table.add_row(escape(name), escape(label), f"{part['examples']:,}", f"{part['accuracy']:.4f}")
+        table.add_section()
     Console().print(table)

@@ -30,6 +30,7 @@ from idrm.arguments import (
     parse_arguments,
 )
 from idrm.capture import Teacher, resolve_layers
+from idrm.capture.teacher import DEFAULT_TEACHER_MAX_LENGTH
 from idrm.collator import PairCollator
 from idrm.command_line import length_within
 from idrm.errors import InputError
@@ -45,7 +46,6 @@ from idrm.trainer import RewardTrainer
 logger = logging.getLogger("idrm.train")
 
 DEFAULT_MAX_LENGTH = 1024
-DEFAULT_TEACHER_MAX_LENGTH = 512
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Of the joint input in tokens, for a teacher that reads inputs of any length.
+DEFAULT_TEACHER_MAX_LENGTH = 512
+
 
 class TeacherFamily(Protocol):
     """What a family of encoders must provide; a new one is a module beside ``bert`` and ``deberta`` and an entry below.
@@ -184,7 +187,7 @@ class Teacher:
                 f"teacher {name_or_path!r}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, "
                 f"among them {missing[0]}"
             )
-        if not _is_nli_classifier(config):
+        if not is_nli_classifier(config):
             logger.warning(
                 "teacher %r is no NLI classifier (architectures %s, labels %s); Id-RM distils from an encoder "
                 "fine-tuned on NLI, and an untuned teacher is much worse",
@@ -278,7 +281,8 @@ def _keep_no_maps(config: PretrainedConfig) -> None:
     config.output_attentions = config.output_hidden_states = False
 
 
-def _is_nli_classifier(config: PretrainedConfig) -> bool:
+def is_nli_classifier(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint says that it has a head for NLI's labels."""
     classifies = any("ForSequenceClassification" in name for name in config.architectures or ())
     return classifies and any("entail" in str(label).lower() for label in config.id2label.values())
 

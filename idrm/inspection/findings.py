@@ -12,6 +12,9 @@ from idrm.inspection.measures import BlockMeasures, Crossing, Structure
 
 # An accuracy counts as above chance from so many standard errors on.
 STANDARD_ERRORS = 3
+# Most pairs that are measured, unless told otherwise.
+DEFAULT_MAX_PAIRS = 64
+MOST_TEACHERS = 26  # side by side, each under a letter
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,27 @@ class LabelAccuracy:
 
 @dataclass(frozen=True)
 class NliAccuracy:
-    """Accuracy of an NLI classifier, over all examples and for each label of the data."""
+    """Accuracy of an NLI classifier, over all examples and for each label of the data.
+
+    Attributes:
+        with_other_premises: its accuracy where every hypothesis stands beside another pair's premise; None where that
+            was not measured.
+    """
 
     accuracy: float
     examples: int
     per_label: dict[str, LabelAccuracy]
+    with_other_premises: float | None = None
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> NliAccuracy:
-        """From {"accuracy": .., "examples": .., "per_label": {label: {"accuracy": .., "examples": ..}}}."""
+        """From {"accuracy": .., "examples": .., "per_label": {label: {"accuracy": .., "examples": ..}}}.
+
+        "with_other_premises" may be there, too.
+        """
         try:
             labels = {label: LabelAccuracy(**entry) for label, entry in value["per_label"].items()}
-            return cls(value["accuracy"], value["examples"], labels)
+            return cls(value["accuracy"], value["examples"], labels, value.get("with_other_premises"))
         except (AttributeError, KeyError, TypeError) as error:
             raise InputError(
                 f"accuracy: expected accuracy, examples, and per_label with both for each label; found {value!r}"
@@ -49,8 +61,16 @@ class NliAccuracy:
     @property
     def is_above_chance(self) -> bool:
         """By STANDARD_ERRORS of a share that is ``chance``, and at least one example more."""
-        error = math.sqrt(self.chance * (1 - self.chance) / max(self.examples, 1))
-        return self.accuracy > self.chance + STANDARD_ERRORS * error
+        return self._is_above(self.chance)
+
+    @property
+    def reads_both(self) -> bool | None:
+        """Whether the true premises help, by the same measure; None where that was not measured."""
+        return None if self.with_other_premises is None else self._is_above(self.with_other_premises)
+
+    def _is_above(self, share: float) -> bool:
+        error = math.sqrt(share * (1 - share) / max(self.examples, 1))
+        return self.accuracy > share + STANDARD_ERRORS * error
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,7 @@ class TeacherFindings:
         name: as it was given.
         num_layers: the depth of its model.
         max_length: tokens of a joint input, at most.
+        is_nli_classifier: whether its checkpoint has a head for NLI's labels.
         accuracy: on NLI; None where none was measured.
         pairs: what became of the pairs.
         blocks: measures by layer, counted from 0, ascending.
@@ -97,6 +118,7 @@ class TeacherFindings:
     name: str
     num_layers: int
     max_length: int
+    is_nli_classifier: bool
     accuracy: NliAccuracy | None
     pairs: PairCounts
     blocks: dict[int, BlockMeasures]
@@ -157,11 +179,13 @@ def _teacher_dict(teacher: TeacherFindings) -> dict[str, Any]:
         "name": teacher.name,
         "num_layers": teacher.num_layers,
         "max_length": teacher.max_length,
+        "is_nli_classifier": teacher.is_nli_classifier,
         "accuracy": accuracy
         and {
             "accuracy": accuracy.accuracy,
             "examples": accuracy.examples,
             "chance": accuracy.chance,
+            "with_other_premises": accuracy.with_other_premises,
             "per_label": {label: vars(entry) for label, entry in accuracy.per_label.items()},
         },
         "pairs": vars(teacher.pairs),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from rich.console import Console
@@ -13,14 +13,21 @@ from rich.progress import track
 
 from idrm.capture.layers import resolve_layers
 from idrm.errors import InputError
-from idrm.inspection.findings import HeatMap, Inspection, NliAccuracy, PairCounts, TeacherFindings
+from idrm.inspection.findings import (
+    DEFAULT_MAX_PAIRS,
+    HeatMap,
+    Inspection,
+    NliAccuracy,
+    PairCounts,
+    TeacherFindings,
+)
 from idrm.inspection.heat_map import Panel, draw_heat_map
 from idrm.inspection.measures import BlockMeasures, PairMeasures
 from idrm.inspection.reading import ReadPair, TeacherReader
 from idrm.inspection.report import print_table, write_files
 from idrm.run_folder import require_writable
 
-DEFAULT_MAX_PAIRS = 64
+Accuracy: TypeAlias = Mapping[str, Any] | Callable[[], Mapping[str, Any] | None] | None
 
 
 def inspect_teacher(
@@ -28,8 +35,8 @@ def inspect_teacher(
     records: Sequence[Mapping[str, Any]],
     *,
     output_dir: str | Path,
-    accuracy: Mapping[str, Any] | None = None,
-    compare_with: Mapping[str, Mapping[str, Any] | None] | None = None,
+    accuracy: Accuracy = None,
+    compare_with: Mapping[str, Accuracy] | None = None,
     max_pairs: int = DEFAULT_MAX_PAIRS,
     teacher_max_length: int | None = None,
     layers: Iterable[int] | None = None,
@@ -52,7 +59,8 @@ def inspect_teacher(
             conversational, margin.
         output_dir: folder of the three files, made where it is missing; files of an earlier inspection are replaced.
         accuracy: of this teacher on NLI, {"accuracy": share, "examples": count, "per_label": {label: the same two}};
-            None where there is none, for want of an NLI head or of data.
+            None where there is none, for want of an NLI head or of data. Or a function that measures it, which is
+            called once nothing is left to refuse.
         compare_with: other teachers to put beside it, each with its own accuracy or None; over the same pairs.
         max_pairs: at most so many pairs are measured, taken at even distances from all records.
         teacher_max_length: longest joint input in tokens; None as in training: the teacher's limit, or 512.
@@ -80,7 +88,7 @@ def inspect_teacher(
         raise InputError(f"max_pairs: expected at least 1, found {max_pairs}")
     if not 0 <= heat_map_pair < len(records):
         raise InputError(f"heat_map_pair {heat_map_pair}: expected one of the {len(records)} pairs, counted from 0")
-    accuracies = [value and NliAccuracy.of(value) for value in (accuracy, *(compare_with or {}).values())]
+    accuracies = [accuracy, *(compare_with or {}).values()]
     folder = Path(output_dir)
     require_writable("output_dir", folder)
 
@@ -98,9 +106,13 @@ def inspect_teacher(
             raise InputError(f"heat_map_layer {heat_map_layer}: expected one of {list(readers[0].layers)}")
     shown_pairs = [_pair_with_units(reader, records[heat_map_pair], heat_map_pair) for reader in readers]
 
+    accuracies = [value() if callable(value) else value for value in accuracies]
+    accuracies = [value and NliAccuracy.of(value) for value in accuracies]
     measured = _measure(readers, records, max_pairs)
     teachers = [
-        TeacherFindings(reader.name, reader.num_layers, reader.max_length, value, counts, blocks)
+        TeacherFindings(
+            reader.name, reader.num_layers, reader.max_length, reader.is_nli_classifier, value, counts, blocks
+        )
         for reader, value, (counts, blocks) in zip(readers, accuracies, measured, strict=True)
     ]
     shown_layers = _shown_layers(teachers, heat_map_layer)

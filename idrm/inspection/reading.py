@@ -13,14 +13,13 @@ from torch import Tensor
 from idrm.alignment import PairEncoder
 from idrm.capture import Teacher
 from idrm.capture.layers import resolve_layers
-from idrm.capture.teacher import load_teacher_config
+from idrm.capture.teacher import DEFAULT_TEACHER_MAX_LENGTH, is_nli_classifier, load_teacher_config
 from idrm.collator import PairCollator
+from idrm.command_line import length_within
 from idrm.errors import InputError
 from idrm.inspection.measures import PairUnits
 from idrm_kernels import MapLayout, PackedAttention, attention_map_rows
 
-# Of the joint input in tokens, for a teacher that reads inputs of any length; the same as in training.
-DEFAULT_MAX_LENGTH = 512
 # The teacher's tokenizer stands in for the student's too, and that student is to lose nothing.
 _NO_STUDENT_LIMIT = 1 << 30
 
@@ -34,12 +33,14 @@ class ReadPair:
         layout: of this pair alone; a unit is a token of the teacher, or a few that share a character.
         units: where segments and responses lie.
         tokens: for each unit its text as the tokenizer has it.
+        teacher_name: whose it is, for errors.
     """
 
     attention: list[PackedAttention]
     layout: MapLayout
     units: PairUnits
     tokens: list[str]
+    teacher_name: str
 
     def has_units_of(self, other: ReadPair) -> bool:
         """Whether maps of both can be compared entry by entry."""
@@ -54,7 +55,10 @@ class ReadPair:
             normalization=normalization,
             teacher_side=True,
         )
-        return torch.cat(rows)
+        values = torch.cat(rows)
+        if not values.isfinite().all():
+            raise InputError(f"teacher {self.teacher_name!r}: its maps hold values that are no numbers")
+        return values
 
 
 class TeacherReader:
@@ -64,6 +68,7 @@ class TeacherReader:
         name: the name or path that it was loaded from.
         layers: the blocks that are looked at, counted from 0, ascending.
         num_layers: the depth of the model.
+        is_nli_classifier: whether its checkpoint has a head for NLI's labels.
         max_length: of a joint input, in tokens.
     """
 
@@ -81,15 +86,14 @@ class TeacherReader:
         self.name = name_or_path
         config, family = load_teacher_config(name_or_path)
         self.num_layers = config.num_hidden_layers
+        self.is_nli_classifier = is_nli_classifier(config)
         asked = (
             family.supervisable_layers(config) if layers is None else resolve_layers(layers, self.num_layers, "teacher")
         )
         self._teacher = Teacher.load(name_or_path, layers=sorted(set(asked)), dtype=dtype).to(device)
         self.layers = self._teacher.layers
         limit = self._teacher.max_length
-        if max_length is not None and limit is not None and max_length > limit:
-            raise InputError(f"teacher_max_length {max_length}: teacher {name_or_path!r} reads {limit} tokens at most")
-        self.max_length = max_length or limit or DEFAULT_MAX_LENGTH
+        self.max_length = length_within("teacher_max_length", max_length, limit, limit or DEFAULT_TEACHER_MAX_LENGTH)
         tokenizer = self._teacher.tokenizer
         self._encode = PairEncoder(
             tokenizer, tokenizer, max_length=_NO_STUDENT_LIMIT, teacher_max_length=self.max_length
@@ -112,4 +116,5 @@ class TeacherReader:
             layout=inputs.layout,
             units=PairUnits.of(encoded, offsets.diff(), self._rows),
             tokens=["".join(pieces[start:stop]) for start, stop in itertools.pairwise(offsets.tolist())],
+            teacher_name=self.name,
         )

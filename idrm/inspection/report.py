@@ -33,9 +33,9 @@ structure that differs from row to row; the rest is hub keys, to which every row
 row-specific distance* is the loss of the best student whose rows are all alike, between the responses alone. *Distance
 to A* is how far two teachers' maps lie apart, intra and inter together.
 
-Whether an encoder is tuned on NLI is shown by its accuracy, not by these columns: near the input, structure is mostly
-positions and equal tokens, and random weights have a little too. Compare with the same encoder untuned: what tuning did
-to a block is what differs from there."""
+Whether an encoder is tuned on NLI is shown by its accuracy, with the true premises and with exchanged ones, not by
+these columns: near the input, structure is mostly positions and equal tokens, and random weights have a little too.
+Compare with the same encoder untuned: what tuning did to a block is what differs from there."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ def verdict(inspection: Inspection) -> list[str]:
 
 def _accuracy(teacher: TeacherFindings) -> str:
     if teacher.accuracy is None:
+        if not teacher.is_nli_classifier:
+            return (
+                "No head for NLI's labels: nothing shows that it is tuned on NLI, and an untuned teacher is much worse."
+            )
         return (
             "NLI accuracy not measured. Maps alone do not show whether an encoder is tuned on NLI, and an untuned "
             "teacher is much worse."
@@ -29,18 +33,29 @@ def _accuracy(teacher: TeacherFindings) -> str:
         lowest = min(found.per_label, key=lambda label: found.per_label[label].accuracy)
         measured += f" (lowest: {lowest}, {found.per_label[lowest].accuracy:.1%})"
     chance = f"the most frequent label alone gives {found.chance:.1%}"
-    if found.is_above_chance:
+    if not found.is_above_chance:
+        return (
+            f"{measured}; {chance}, and this is not {STANDARD_ERRORS} standard errors above: nothing shows that it is "
+            "tuned on NLI, unless it has the labels in another order than the data."
+        )
+    if found.reads_both is None:
         return f"{measured}; {chance}. It has learnt to tell these labels."
+    others = f"{chance}, and with other pairs' premises it has {found.with_other_premises:.1%}"
+    if found.reads_both:
+        return f"{measured}; {others}. It has learnt to tell these labels, and reads both texts for it."
     return (
-        f"{measured}; {chance}, and this is not {STANDARD_ERRORS} standard errors above: nothing shows that it is "
-        "tuned on NLI, unless it has the labels in another order than the data."
+        f"{measured}; {others}, from which this is not {STANDARD_ERRORS} standard errors away: it tells the labels by "
+        "the hypothesis alone, which teaches no interaction."
     )
 
 
 def _structure(teacher: TeacherFindings) -> str:
     layer, last = teacher.most_row_specific_layer, max(teacher.blocks)
     if not teacher.blocks[layer].responses.row_specific_distance:
-        return "In every block, all rows of the maps between the responses are alike: nothing there compares the two."
+        return (
+            "In no block do the rows of the maps between the responses differ (responses of one token have one row): "
+            "nothing there compares the two."
+        )
     sentence = (
         f"Between the responses, block {teacher.label(layer)} has the most row-specific structure: "
         f"{_between_responses(teacher, layer)}."
@@ -62,7 +77,10 @@ def _crossing(crossing: Crossing) -> str:
 
 
 def _comparison(first: TeacherFindings, other: TeacherFindings) -> str:
-    if first.accuracy is None or other.accuracy is None:
+    if first.is_nli_classifier != other.is_nli_classifier:
+        which = "first" if first.is_nli_classifier else "second"
+        told = f"Only the {which} has a head for NLI's labels"
+    elif first.accuracy is None or other.accuracy is None:
         told = "Not told apart by accuracy, which was not measured for both"
     elif first.accuracy.is_above_chance != other.accuracy.is_above_chance:
         which = "first" if first.accuracy.is_above_chance else "second"
@@ -75,6 +93,8 @@ def _comparison(first: TeacherFindings, other: TeacherFindings) -> str:
     if not apart:
         return f"{told}. No block at the same distance from the end read the same tokens, to compare entry by entry."
     layer = max(apart, key=lambda layer: (apart[layer], layer))
+    if not apart[layer]:
+        return f"{told}. Their maps are the same in every block."
     own = first.blocks[first.num_layers + other.from_end(layer)]
     return (
         f"{told}. Their maps lie furthest apart in block {other.label(layer)}, by {apart[layer]:.2f}, where those of "

@@ -19,10 +19,16 @@ from idrm.command_line import (
     require_saving_deepspeed,
 )
 from idrm.errors import InputError
+from idrm.inspection.findings import DEFAULT_MAX_PAIRS, MOST_TEACHERS
 from idrm.nli.loading import require_nli_labels
 
 # transformers' arguments that would leave evaluation without its metrics.
 _INAPPLICABLE = ("prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches")
+# What would do nothing in an examination.
+_OF_TRAINING = (
+    *("dataset_name", "dataset_split", "eval_share", "test_dataset_name", "test_dataset_split"),
+    *("early_stopping_patience", "deepspeed", "resume_from_checkpoint"),
+)
 
 
 @dataclass
@@ -115,7 +121,7 @@ class CheckArguments:
     )
     pairs_split: str = field(default="test", metadata={"help": "Split of a hub name or folder in --pairs_name."})
     max_pairs: int = field(
-        default=64, metadata={"help": "Most pairs whose maps are measured, taken at even distances."}
+        default=DEFAULT_MAX_PAIRS, metadata={"help": "Most pairs whose maps are measured, taken at even distances."}
     )
     teacher_max_length: int | None = field(
         default=None,
@@ -310,8 +316,7 @@ def _check(
     if not 0 < data.eval_share < 1:
         raise InputError(f"--eval_share: expected a share between 0 and 1, got {data.eval_share}")
     if examination.check:
-        if data.eval_dataset_name is None and examination.pairs_name is None:
-            raise InputError("--check needs something to measure on: give --eval_dataset_name or --pairs_name")
+        _check_examination(encoder, data, examination, given)
         return
     misplaced = sorted({entry.name for entry in fields(CheckArguments)} & given.keys() - {"check"})
     if misplaced:
@@ -324,3 +329,24 @@ def _check(
         raise InputError("--early_stopping_patience needs evaluations: give another --eval_strategy than no")
     require_defaults(values, defaults, _INAPPLICABLE, "NLI")
     require_saving_deepspeed(values["deepspeed"])
+
+
+def _check_examination(
+    encoder: EncoderArguments, data: NliDataArguments, examination: CheckArguments, given: dict[str, Any]
+) -> None:
+    """Flags of an examination, which trains nothing."""
+    if data.eval_dataset_name is None and examination.pairs_name is None:
+        raise InputError("--check needs something to measure on: give --eval_dataset_name or --pairs_name")
+    of_training = sorted(set(_OF_TRAINING) & given.keys())
+    if of_training:
+        raise InputError(f"--{of_training[0]} is for training; --check trains nothing")
+    if examination.pairs_name is None:
+        of_pairs = sorted({entry.name for entry in fields(CheckArguments)} & given.keys() - {"check", "compare_with"})
+        if of_pairs:
+            raise InputError(f"--{of_pairs[0]} is for the attention maps: give --pairs_name too")
+    names = [encoder.model_name_or_path, *(examination.compare_with or [])]
+    repeated = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if repeated is not None:
+        raise InputError(f"--compare_with {repeated}: is there already; name other encoders")
+    if len(names) > MOST_TEACHERS:
+        raise InputError(f"--compare_with: expected at most {MOST_TEACHERS - 1} encoders, got {len(names) - 1}")

@@ -191,6 +191,8 @@ def test_a_check_measures_accuracy_and_writes_it(tmp_path, run_here, plain, eval
     run_here(tmp_path / "report", *flags)
     report = json.loads((tmp_path / "report" / "nli_accuracy.json").read_text())
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["nli_accuracy.json"]
+    found = report[str(plain)]
+    assert 0 <= found.pop("with_other_premises") <= 1
     assert report == {str(plain): measured(plain, eval_nli_path)}
     table = capsys.readouterr().out
     for label in LABELS:
@@ -198,12 +200,21 @@ def test_a_check_measures_accuracy_and_writes_it(tmp_path, run_here, plain, eval
         assert f"{report[str(plain)]['per_label'][label]['accuracy']:.4f}" in row
 
 
-def test_a_check_says_that_an_untuned_encoder_has_no_accuracy(tmp_path, run_here, encoder_path, eval_nli_path, caplog):
-    flags = ("--model_name_or_path", encoder_path, "--eval_dataset_name", eval_nli_path, "--check")
-    with caplog.at_level("WARNING", logger="idrm"):
-        run_here(tmp_path / "report", *flags)
-    assert "is no NLI classifier: there is no accuracy to measure" in caplog.text
-    assert not (tmp_path / "report").exists()
+def test_a_check_exchanges_the_premises(tmp_path, run_here, save_encoder):
+    """A classifier whose answer is in the hypothesis alone has the same accuracy with any premise."""
+    rows = [{"premise": f"the {index} reads", "hypothesis": "a lamp", "label": index % 3} for index in range(30)]
+    path = tmp_path / "nli.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = dict(enumerate(LABELS))
+    encoder = save_encoder("bert", AutoModelForSequenceClassification, id2label=names, hidden_size=32)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    model.save_pretrained(encoder)
+    run_here(tmp_path / "report", "--check", "--model_name_or_path", encoder, "--eval_dataset_name", path)
+    (found,) = json.loads((tmp_path / "report" / "nli_accuracy.json").read_text()).values()
+    assert found["with_other_premises"] == found["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_a_check_puts_teachers_side_by_side(tmp_path, run_here, plain, encoder_path, eval_nli_path, eval_pairs_path):
@@ -211,7 +222,7 @@ def test_a_check_puts_teachers_side_by_side(tmp_path, run_here, plain, encoder_p
     flags = ("--check", "--model_name_or_path", plain, "--compare_with", encoder_path, "--max_pairs", 4)
     run_here(tmp_path / "report", *flags, "--eval_dataset_name", eval_nli_path, "--pairs_name", eval_pairs_path)
     files = {path.name for path in (tmp_path / "report").iterdir()}
-    assert files == {"nli_accuracy.json", "check.json", "check.md", "check.png"}
+    assert files == {"check.json", "check.md", "check.png"}
     report = json.loads((tmp_path / "report" / "check.json").read_text())
     trained, untuned = report["teachers"]
     assert (trained["name"], untuned["name"]) == (str(plain), str(encoder_path))
@@ -220,7 +231,9 @@ def test_a_check_puts_teachers_side_by_side(tmp_path, run_here, plain, encoder_p
     assert trained["pairs"]["measured"] == 4
     own, other = (teacher["blocks"] for teacher in (trained, untuned))
     assert len(own) == len(other) == 2
-    assert own != other
+    for ours, theirs in zip(own, other, strict=True):
+        assert ours["intra"]["distance"] != theirs["intra"]["distance"]
+    assert "A against B: Only the first has a head for NLI's labels" in " ".join(report["verdict"])
 
 
 @pytest.fixture
@@ -232,7 +245,8 @@ def refused(tmp_path, encoder_path, nli_path, capsys):
         before = sorted((tmp_path / "out").rglob("*"))
         argv = ["--use_cpu", "true", "--disable_tqdm", "true"]
         for name, value in {**good, **changes}.items():
-            argv += [f"--{name}", *([] if value is True else [str(value)])]
+            if value is not None:
+                argv += [f"--{name}", *([] if value is True else [str(value)])]
         with pytest.raises(SystemExit) as exit_:
             main(argv)
         assert exit_.value.code == 2
@@ -271,13 +285,26 @@ def test_a_folder_that_holds_another_run(refused, plain, tmp_path, eval_nli_path
 def test_flags_of_a_check_without_one(refused, eval_pairs_path):
     assert "--pairs_name is for --check" in refused(pairs_name=eval_pairs_path)
     assert "--compare_with is for --check" in refused(compare_with="other")
-    assert "--check needs something to measure on" in refused(check=True)
+    assert "--check needs something to measure on" in refused(check=True, dataset_name=None)
     assert "--max_pairs: expected at least 1" in refused(check=True, pairs_name=eval_pairs_path, max_pairs=0)
-    assert "heat_map_pair 99: expected one of the 11 pairs" in refused(
-        check=True, pairs_name=eval_pairs_path, heat_map_pair=99
-    )
+
+
+def test_a_check_refuses_before_it_measures(refused, eval_pairs_path, eval_nli_path, plain, tmp_path, encoder_path):
+    def line(**changes):
+        values = {"eval_dataset_name": eval_nli_path, "model_name_or_path": plain, "dataset_name": None}
+        return refused(**{"check": True, **values, **changes})
+
+    assert "heat_map_pair 99: expected one of the 11 pairs" in line(pairs_name=eval_pairs_path, heat_map_pair=99)
+    assert "layer 9 is beyond the model's depth" in line(pairs_name=eval_pairs_path, heat_map_layer=9)
+    assert "--teacher_max_length 999: the model reads" in line(pairs_name=eval_pairs_path, teacher_max_length=999)
+    assert "is for the attention maps: give --pairs_name too" in line(max_pairs=3)
+    assert f"--compare_with {plain}: is there already" in line(compare_with=plain)
+    assert "--dataset_name is for training" in line(dataset_name=eval_nli_path)
+    assert "is no NLI classifier, and there is nothing to measure" in line(model_name_or_path=encoder_path)
+    (tmp_path / "file").touch()
+    assert "--output_dir" in line(output_dir=tmp_path / "file")
 
 
 def test_a_check_is_one_process(refused, monkeypatch, eval_nli_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--check runs in one process" in refused(check=True, eval_dataset_name=eval_nli_path)
+    assert "--check runs in one process" in refused(check=True, eval_dataset_name=eval_nli_path, dataset_name=None)
