@@ -67,8 +67,20 @@ def test_a_wrong_attention_gets_no_number(tiny, monkeypatch):
     monkeypatch.setattr(deberta, "sdpa_in_row_chunks", lambda *args, **options: 1.01 * right(*args, **options))
     assert contest.check("sdpa").startswith("queries of cpu-float32-deberta-large-4-layers-2x40 are off by")
     monkeypatch.setattr(deberta, "sdpa_in_row_chunks", lambda *args, **options: 0 * right(*args, **options))
-    (call,) = contest.variants(("eager",)).values()
-    assert "of their norm" in contest.check_result("eager", call())
+    (call,) = contest.variants(("sdpa",)).values()
+    assert "of their norm" in contest.check_result("sdpa", call())
+
+
+def test_an_attention_that_knows_no_log_buckets_gets_no_number(tiny, monkeypatch):
+    contest, right = dataclasses.replace(tiny("deberta-large"), length=200), deberta.sdpa_in_row_chunks
+
+    def linear(*args, slot_of_delta, **options):
+        tokens = len(slot_of_delta) // 2
+        slots = torch.arange(-tokens, tokens + 1) + int(slot_of_delta[tokens])
+        return right(*args, slot_of_delta=slots.clamp(0, int(slot_of_delta.max())), **options)
+
+    monkeypatch.setattr(deberta, "sdpa_in_row_chunks", linear)
+    assert "are off by" in contest.check("sdpa")
 
 
 def test_an_implementation_that_is_not_there_gets_no_number(tiny):
