@@ -18,6 +18,7 @@ from idrm.command_line import (
     require_at_least,
     require_defaults,
     require_saving_deepspeed,
+    require_trainable,
 )
 from idrm.errors import InputError
 
@@ -354,11 +355,9 @@ def _check(
             "teacher_max_length": 8,
             "teacher_cache_max_gb": 0.0,
             "dataset_num_proc": 1,
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
         },
     )
+    require_trainable(values)
     require_defaults(values, defaults, _INAPPLICABLE, "preference pairs")
     if interaction.alpha > 0 and interaction.intra_weight == interaction.inter_weight == 0:
         raise InputError("--intra_weight and --inter_weight are both 0: no map counts; give --alpha 0 instead")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from idrm.errors import InputError
 
@@ -54,15 +57,19 @@ class TrainingRun(Generic[Arguments]):
         return [entry.name for kind in cls.own_arguments for entry in fields(kind)]
 
     @property
+    def kept_on_resume(self) -> list[str]:
+        """Names of the arguments that a resumed run may not change, `free_to_change` and `free_to_move` apart."""
+        return self.own_argument_names()
+
+    @property
     def output_dir(self) -> Path:
         return Path(self.training["output_dir"]).expanduser()
 
     def training_arguments(self) -> Arguments:
         """Builds TrainingArguments, and with them the process group and DeepSpeed's configuration."""
-        try:
+        _require_compiler(self.training)
+        with refused_arguments():
             args = self.training_kind(**self.training)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"training arguments: {' '.join(str(error).split())}") from error
         if args.deepspeed and args.hf_deepspeed_config.mismatches:
             # transformers would say so too, but only once it trains.
             mismatches = "; ".join(mismatch.removeprefix("- ") for mismatch in args.hf_deepspeed_config.mismatches)
@@ -182,6 +189,60 @@ def require_at_least(values: dict[str, Any], lowest: dict[str, float]) -> None:
     for flag, bound in lowest.items():
         if values[flag] is not None and not bound <= values[flag] < math.inf:
             raise InputError(f"--{flag}: expected at least {bound}, got {values[flag]}")
+
+
+def require_trainable(values: dict[str, Any]) -> None:
+    """Refuses values of transformers' flags that it takes, and with which no training can be set up or get anywhere."""
+    require_at_least(
+        values,
+        {
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 0.0,
+            "weight_decay": 0.0,
+            "adam_beta1": 0.0,
+            "adam_beta2": 0.0,
+            "adam_epsilon": 0.0,
+            "max_grad_norm": 0.0,
+            "warmup_steps": 0,
+            "dataloader_num_workers": 0,
+        },
+    )
+    for flag in ("adam_beta1", "adam_beta2"):
+        if values[flag] >= 1:
+            raise InputError(f"--{flag}: expected less than 1, got {values[flag]}")
+    for flag in ("seed", "data_seed"):
+        if values[flag] is not None and not 0 <= values[flag] < 2**32:
+            raise InputError(f"--{flag}: expected an integer from 0 to {2**32 - 1}, got {values[flag]}")
+    if values["max_steps"] <= 0 and not 0 < values["num_train_epochs"] < math.inf:
+        raise InputError(f"--num_train_epochs: expected more than 0, got {values['num_train_epochs']:g}")
+    if values["use_liger_kernel"] and not is_liger_kernel_available():
+        raise InputError("--use_liger_kernel: liger-kernel is not installed here")
+
+
+@contextlib.contextmanager
+def refused_arguments() -> Iterator[None]:
+    """Turns what transformers, accelerate or torch raises about arguments, as a run is set up, into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"training arguments: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _require_compiler(training: dict[str, Any]) -> None:
+    """Refuses a torch.compile that does not exist: transformers hands it to accelerate through the environment."""
+    backend, mode = training["torch_compile_backend"], training["torch_compile_mode"]
+    if backend is None and mode is None:
+        return
+    flags = {"torch_compile_backend": backend, "torch_compile_mode": mode}
+    given = ", ".join(f"--{flag} {value}" for flag, value in flags.items() if value is not None)
+    try:
+        torch.compile(torch.nn.Identity(), backend=backend or "inductor", mode=mode)
+    except RuntimeError as error:
+        raise InputError(f"{given}: {' '.join(str(error).split())}") from error
 
 
 def length_within(flag: str, asked: int | None, limit: int | None, default: int) -> int:

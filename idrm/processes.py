@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -11,11 +12,12 @@ import time
 from collections.abc import Iterator
 
 import torch
-from transformers import TrainingArguments, set_seed
+from huggingface_hub import whoami
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
 from idrm.command_line import Arguments, TrainingRun
-from idrm.errors import InputError
+from idrm.errors import InputError, refusals
 
 SECONDS_FOR_FIRST_RANK = 60
 
@@ -48,8 +50,8 @@ def prepare_training(run: TrainingRun[Arguments], script: str) -> Arguments:
         script: the entry point, for the command in an error.
 
     Raises:
-        InputError: arguments that transformers or DeepSpeed refuses, one process with several devices, or a tracker
-            that is not there.
+        InputError: arguments that transformers or DeepSpeed refuses, one process with several devices, a tracker that
+            is not there, or a hub to push to that cannot be reached.
     """
     _prepare_processes(run)
     args = run.training_arguments()
@@ -57,8 +59,33 @@ def prepare_training(run: TrainingRun[Arguments], script: str) -> Arguments:
     missing = sorted(set(args.report_to) - set(get_available_reporting_integrations()))
     if missing:
         raise InputError(f"--report_to {missing[0]}: is not installed here, or no tracker that transformers knows")
+    if args.push_to_hub and args.process_index == 0:
+        _require_hub(args)
     set_seed(args.seed)
     return args
+
+
+def require_trainable_setup(trainer: Trainer) -> None:
+    """Builds what a training begins with, so that what cannot be built fails before anything has been written.
+
+    The optimizer is kept, for layer-wise ones put hooks on the model; DeepSpeed builds its own.
+
+    Raises:
+        InputError: what an optimizer or a schedule refuses. Others are for `refused_arguments`, in which this runs.
+    """
+    args = trainer.args
+    batches = len(trainer.get_train_dataloader())
+    with refusals(f"--optim {args.optim.value}" + (f", --optim_args {args.optim_args}" if args.optim_args else "")):
+        if args.deepspeed is None:
+            trainer.create_optimizer()
+        elif not trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("optimizer"):
+            trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    steps = math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
+    # A schedule sets the learning rate of its optimizer as it is built: this one is not the trainer's.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    with refusals(f"--lr_scheduler_type {args.lr_scheduler_type.value}"):
+        trainer.create_scheduler(args.max_steps if args.max_steps > 0 else steps, optimizer)
+    trainer.lr_scheduler = None
 
 
 def is_local_main() -> bool:
@@ -87,6 +114,14 @@ def _prepare_processes(run: TrainingRun) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _require_hub(args: TrainingArguments) -> None:
+    try:
+        whoami(token=args.hub_token)
+    except Exception as error:
+        # What is raised where there is no network is the error of whichever client huggingface_hub is built on.
+        raise InputError(f"--push_to_hub: the hub cannot be asked: {' '.join(str(error).split())}") from error
 
 
 def _require_one_device(args: TrainingArguments, script: str) -> None:

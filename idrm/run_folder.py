@@ -96,17 +96,20 @@ def _require_same_run(path: Path, config: TrainingRun) -> None:
         before: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
-    own = config.own_argument_names()
-    for name in own:
-        moved = name in config.free_to_move and None not in (before.get(name), config.recorded[name])
-        if name not in config.free_to_change and not moved and before.get(name) != config.recorded[name]:
+    kept = config.kept_on_resume
+    for name in kept:
+        moved = name in config.free_to_move and None not in (before.get(name), config.recorded.get(name))
+        if name not in config.free_to_change and not moved and before.get(name) != config.recorded.get(name):
+            # Of transformers' arguments, those at their default are not recorded.
+            default = "None" if name in config.own_argument_names() else "its default"
+            was, now = (repr(values[name]) if name in values else default for values in (before, config.recorded))
             raise InputError(
-                f"--output_dir {config.output_dir}: holds another run, with {name} {before.get(name)!r} and not "
-                f"{config.recorded[name]!r}; give another folder"
+                f"--output_dir {config.output_dir}: holds another run, with {name} {was} and not {now}; give another "
+                "folder"
             )
     changed = sorted(
         name
-        for name in (before.keys() | config.recorded.keys()) - set(own)
+        for name in (before.keys() | config.recorded.keys()) - set(kept)
         if before.get(name) != config.recorded.get(name)
     )
     if changed:

@@ -16,13 +16,14 @@ if __package__ in (None, ""):
     # Started by its path, idrm/ itself is first on sys.path: put the folder that holds the package there instead.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from idrm.command_line import refused_arguments
 from idrm.errors import InputError
 from idrm.nli.arguments import TeacherConfiguration, parse_arguments
 from idrm.nli.classifier import load_classifier, load_classifier_config, load_classifier_tokenizer
 from idrm.nli.evaluation import metric_names
 from idrm.nli.sets import encoded_pairs, evaluation_pairs, input_length, training_pairs
 from idrm.nli.trainer import NliTrainer
-from idrm.processes import command, prepare_training
+from idrm.processes import command, prepare_training, require_trainable_setup
 from idrm.run_folder import resume_checkpoint, write_run_file
 
 logger = logging.getLogger("idrm.teacher")
@@ -44,7 +45,8 @@ def train(config: TeacherConfiguration) -> None:
     """One training run: checks and loads everything, trains, saves the best model, evaluates it.
 
     Raises:
-        InputError: anything the user can put right; nothing has been written to the output folder then.
+        InputError: anything the user can put right; nothing has been written to the output folder then, unless the
+            training has diverged.
     """
     checkpoint = resume_checkpoint(config)
     name = config.encoder.model_name_or_path
@@ -65,26 +67,30 @@ def train(config: TeacherConfiguration) -> None:
     train_set = encoded.pop("train")
     # Batches of equal lengths hold little padding, and the longest come first, in case they are too much.
     encoded = {which: part.sort(args.length_column_name, reverse=True) for which, part in encoded.items()}
-    _require_known_metric(args.metric_for_best_model, labels)
+    present = set(encoded["eval"]["label"][:])
+    _require_known_metric(args.metric_for_best_model, [label for index, label in enumerate(labels) if index in present])
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train_set) < batch:
         raise InputError(f"--dataloader_drop_last: {len(train_set)} pairs make no batch of {batch}, and no step")
 
-    trainer = NliTrainer(
-        load_classifier(
-            name,
-            encoder_config,
-            labels,
-            pooling=config.encoder.pooling,
-            attn_implementation=config.encoder.attn_implementation,
-        ),
-        args,
-        train_set,
-        encoded["eval"],
-        processing_class=tokenizer,
-        labels=labels,
-        early_stopping_patience=args.early_stopping_patience,
+    model = load_classifier(
+        name,
+        encoder_config,
+        labels,
+        pooling=config.encoder.pooling,
+        attn_implementation=config.encoder.attn_implementation,
     )
+    with refused_arguments():
+        trainer = NliTrainer(
+            model,
+            args,
+            train_set,
+            encoded["eval"],
+            processing_class=tokenizer,
+            labels=labels,
+            early_stopping_patience=args.early_stopping_patience,
+        )
+        require_trainable_setup(trainer)
     if trainer.is_world_process_zero():
         write_run_file(config)
     outcome = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -94,18 +100,20 @@ def train(config: TeacherConfiguration) -> None:
     if args.load_best_model_at_end and state.best_model_checkpoint:
         best = Path(state.best_model_checkpoint).name
         logger.info("The best checkpoint is %s: %s %.4f.", best, args.metric_for_best_model, state.best_metric)
+    trainer.save_state()
+    # A model that has diverged is refused here, and not saved.
+    evaluations = {which: trainer.evaluate(part, metric_key_prefix=which) for which, part in encoded.items()}
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-    trainer.save_state()
     trainer.report("train", {**outcome.metrics, "train_pairs": len(train_set)})
-    for which, part in encoded.items():
-        trainer.report(which, trainer.evaluate(part, metric_key_prefix=which))
+    for which, metrics in evaluations.items():
+        trainer.report(which, metrics)
     logger.info("The teacher is in %s", config.output_dir)
     trainer.accelerator.end_training()
 
 
 def _require_known_metric(metric: str | None, labels: Sequence[str]) -> None:
-    """Refuses a --metric_for_best_model that evaluation would not find after the first epoch."""
+    """Refuses a --metric_for_best_model that evaluation on pairs of these labels would not find after an epoch."""
     known = ["loss", *metric_names(labels)]
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise InputError(f"--metric_for_best_model {metric}: expected one of {', '.join(known)}")

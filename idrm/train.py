@@ -32,13 +32,13 @@ from idrm.arguments import (
 from idrm.capture import Teacher, resolve_layers
 from idrm.capture.teacher import DEFAULT_TEACHER_MAX_LENGTH
 from idrm.collator import PairCollator
-from idrm.command_line import length_within
+from idrm.command_line import length_within, refused_arguments
 from idrm.errors import InputError
 from idrm.interaction import InteractionLoss, require_runnable_kernel
 from idrm.metrics import INTERACTION_METRICS, PREFERENCE_METRICS
 from idrm.models import load_student, load_student_config, load_student_tokenizer, longest_input, torch_dtype
 from idrm.preference import load_preferences
-from idrm.processes import command, prepare_training
+from idrm.processes import command, prepare_training, require_trainable_setup
 from idrm.run_folder import resume_checkpoint, write_run_file
 from idrm.teacher_cache import CachedTeacher, ReleaseTeacher, TeacherCache, prepare_cache_folder
 from idrm.trainer import RewardTrainer
@@ -100,16 +100,19 @@ def train(config: RunConfiguration) -> None:
     if args.dataloader_drop_last and len(train_set) < batch:
         raise InputError(f"--dataloader_drop_last: {len(train_set)} pairs make no batch of {batch}, and no step")
 
-    trainer = RewardTrainer(
-        load_student(config.model, student_config, tokenizer),
-        args,
-        PairCollator(tokenizer, teacher and teacher.tokenizer, config.interaction.interaction_rows, cache),
-        train_set,
-        eval_sets.get("", eval_sets) or None,
-        processing_class=tokenizer,
-        interaction=interaction,
-        alpha=config.interaction.alpha,
-    )
+    student = load_student(config.model, student_config, tokenizer)
+    with refused_arguments():
+        trainer = RewardTrainer(
+            student,
+            args,
+            PairCollator(tokenizer, teacher and teacher.tokenizer, config.interaction.interaction_rows, cache),
+            train_set,
+            eval_sets.get("", eval_sets) or None,
+            processing_class=tokenizer,
+            interaction=interaction,
+            alpha=config.interaction.alpha,
+        )
+        require_trainable_setup(trainer)
     if cache is not None:
         trainer.add_callback(ReleaseTeacher(cached_teacher))
     if trainer.is_world_process_zero():

@@ -17,6 +17,7 @@ from idrm.command_line import (
     require_at_least,
     require_defaults,
     require_saving_deepspeed,
+    require_trainable,
 )
 from idrm.errors import InputError
 from idrm.inspection.findings import DEFAULT_MAX_PAIRS, MOST_TEACHERS
@@ -238,6 +239,11 @@ class TeacherConfiguration(TrainingRun[TeacherTrainingArguments]):
         return [*super().own_argument_names(), "label_names", "early_stopping_patience"]
 
     @property
+    def kept_on_resume(self) -> list[str]:
+        # The seed chooses which pairs are held out: with another one, some would have been trained on before.
+        return self.own_argument_names() + (["seed"] if self.data.eval_dataset_name is None else [])
+
+    @property
     def label_names(self) -> list[str] | None:
         return self.training["label_names"]
 
@@ -308,11 +314,9 @@ def _check(
             "heat_map_pair": 0,
             "dataset_num_proc": 1,
             "early_stopping_patience": 0,
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
         },
     )
+    require_trainable(values)
     if not 0 < data.eval_share < 1:
         raise InputError(f"--eval_share: expected a share between 0 and 1, got {data.eval_share}")
     if examination.check:

@@ -46,13 +46,17 @@ _ENCODER = {"distilbert": "distilbert"}
 _OWN_POOLING = ("modernbert",)
 
 
-def load_classifier_config(name_or_path: str) -> PreTrainedConfig:
+def load_classifier_config(name_or_path: str, *, whose: str | None = None) -> PreTrainedConfig:
     """The configuration of an encoder of a supported family, base checkpoint or classifier.
+
+    Args:
+        name_or_path: folder or hub name.
+        whose: what an error names; None for "--model_name_or_path" and the name.
 
     Raises:
         InputError: nothing loadable there, a decoder, or an encoder of another family.
     """
-    whose = f"--model_name_or_path {name_or_path}"
+    whose = whose or _whose(name_or_path)
     require_folder(whose, name_or_path)
     with refusals(whose):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
@@ -65,13 +69,16 @@ def load_classifier_config(name_or_path: str) -> PreTrainedConfig:
     return config
 
 
-def load_classifier_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_classifier_tokenizer(name_or_path: str, *, whose: str | None = None) -> PreTrainedTokenizerBase:
     """The encoder's fast tokenizer, padding on the right: position 0 is pooled, and BERT counts positions from it.
+
+    Args:
+        name_or_path, whose: as `load_classifier_config` has them.
 
     Raises:
         InputError: nothing loadable there, a slow tokenizer, or one without a pad token.
     """
-    whose = f"--model_name_or_path {name_or_path}"
+    whose = whose or _whose(name_or_path)
     with refusals(whose):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, use_fast=True, trust_remote_code=False)
     if not tokenizer.is_fast:
@@ -97,6 +104,8 @@ def load_classifier(
     *,
     pooling: str | None = None,
     attn_implementation: str | None = None,
+    new_head: bool = True,
+    whose: str | None = None,
 ) -> PreTrainedModel:
     """The encoder as a classifier of these labels, float32, from safetensors only; partitioned where ZeRO-3 is set up.
 
@@ -104,17 +113,18 @@ def load_classifier(
     is replaced by a fresh one, and where there is none, one is made; the log says so.
 
     Args:
-        name_or_path: folder or hub name.
+        name_or_path, whose: as `load_classifier_config` has them.
         config: from `load_classifier_config`; the model's says what came of it, `classifier_pooling` included.
         labels: names in the order of the logits.
         pooling: "cls" or "mean"; None for what the checkpoint's config says, else "cls".
         attn_implementation: None leaves the choice to transformers.
+        new_head: whether what the checkpoint lacks of a head, the pooler included, is made; otherwise it is refused.
 
     Raises:
-        InputError: weights that cannot be loaded, an attention implementation that transformers does not know, or a
-            pooling of the checkpoint's that is neither.
+        InputError: weights that cannot be loaded or that the encoder lacks, an attention implementation that
+            transformers or the encoder does not know, or a pooling of the checkpoint's that is neither.
     """
-    whose = f"--model_name_or_path {name_or_path}"
+    whose = whose or _whose(name_or_path)
     pooling = pooling or getattr(config, "classifier_pooling", "cls")
     if pooling not in POOLINGS:
         raise InputError(f"{whose}: its config has classifier_pooling {pooling!r}; expected one of {POOLINGS}")
@@ -126,6 +136,8 @@ def load_classifier(
     names = dict(config.id2label) if known == tuple(labels) else dict(enumerate(labels))
     if not _is_classifier(config):
         config.num_labels = len(labels)
+    if attn_implementation is not None:
+        _require_attention(config, attn_implementation)
     with refusals(whose):
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name_or_path,
@@ -137,6 +149,14 @@ def load_classifier(
             output_loading_info=True,
         )
     new = sorted(loading["missing_keys"])
+    lacking = _encoder_weights(model, new)
+    if lacking:
+        raise InputError(
+            f"{whose}: the checkpoint lacks {len(lacking)} weights of {type(model).__name__}, among them {lacking[0]}"
+        )
+    if not new_head and (new or replaces):
+        lacks = f"the checkpoint lacks {', '.join(new)}" if new else f"it has one for {_said(config)}"
+        raise InputError(f"{whose}: has no whole head for {', '.join(labels)}: {lacks}")
     if replaces:
         new = sorted({*new, *_replace_output(model, len(labels))})
         logger.info("The head of the checkpoint, for %s, makes room for one for %s.", _said(config), ", ".join(labels))
@@ -159,6 +179,30 @@ def longest_input(config: PreTrainedConfig) -> int | None:
 def reads_token_types(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether token types tell the encoder which sequence a token is of, as `idrm.capture.Teacher` decides it too."""
     return getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in tokenizer.model_input_names
+
+
+def _whose(name_or_path: str) -> str:
+    return f"--model_name_or_path {name_or_path}"
+
+
+def _require_attention(config: PreTrainedConfig, attn_implementation: str) -> None:
+    """Asks for the attention by a model without weights, whose refusal can have no other reason."""
+    if is_deepspeed_zero3_enabled():
+        return  # which would partition weights that are not there
+    with refusals(f"--attn_implementation {attn_implementation}"), torch.device("meta"):
+        AutoModelForSequenceClassification.from_config(
+            config, attn_implementation=attn_implementation, trust_remote_code=False
+        )
+
+
+def _encoder_weights(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Those of the names of weights that are the encoder's and not its pooler's."""
+    pooler = _POOLER.get(model.config.model_type)
+    return [
+        name
+        for name in names
+        if name.startswith(f"{model.base_model_prefix}.") and not (pooler and name.startswith(f"{pooler}."))
+    ]
 
 
 def _is_classifier(config: PreTrainedConfig) -> bool:

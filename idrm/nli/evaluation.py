@@ -11,6 +11,8 @@ from datasets import Dataset
 from rich.progress import track
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
+from idrm.errors import InputError
+
 
 def metric_names(labels: Sequence[str]) -> list[str]:
     """What `classification_metrics` returns, in its order."""
@@ -57,6 +59,9 @@ def evaluate_classifier(
         model: a classifier whose logits follow `labels`; its mode is restored.
         pairs: from `encode_nli`.
 
+    Raises:
+        InputError: logits that are not finite.
+
     Returns:
         {"accuracy": share, "macro_f1": share, "examples": count, "per_label": {label: {"accuracy", "examples"}}}, with
         the labels that are present.
@@ -72,7 +77,10 @@ def evaluate_classifier(
     for start in track(starts, "Evaluating", disable=not show_progress, transient=True):
         rows = order[start : start + batch_size]
         batch = collate([inputs[int(row)] for row in rows]).to(model.device)
-        predictions[rows] = model(**batch).logits.argmax(-1).cpu().numpy()
+        logits = model(**batch).logits
+        if not logits.isfinite().all():
+            raise InputError(f"{model.name_or_path}: its logits are not finite: its training has diverged")
+        predictions[rows] = logits.argmax(-1).cpu().numpy()
     model.train(was_training)
     metrics = classification_metrics(predictions, references, labels)
     return {

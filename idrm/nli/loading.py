@@ -5,6 +5,7 @@ MultiNLI's own files, `sentence1`, `sentence2`, `gold_label` (a name, "-" where 
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,8 +59,9 @@ def load_nli(
     """Load premise-hypothesis pairs with their labels.
 
     A label's name comes from the data's features (a ClassLabel), or is the label itself where that is a string, or,
-    where labels are bare integers, follows SNLI's order. Names are lower-cased. Pairs that have no label (-1, "-",
-    null) or no text on one side are dropped and counted.
+    where labels are bare integers, follows SNLI's order. Integers may be written as strings where `label_names` says
+    what they mean. Names are lower-cased. Pairs that have no label (-1, "-", "", null) or no text on one side are
+    dropped and counted.
 
     Args:
         source, split, cache_dir: as `idrm.sources.load_records` has them.
@@ -185,13 +187,19 @@ class _Naming:
 
 def _label_name(value: Any, names: Sequence[str] | None, key: str) -> str | None:
     """The name of one label, None where there is none."""
-    if value is None or value in ("-", -1):
-        return None
     if isinstance(value, str):
         name = value.strip().lower()
+        if re.fullmatch(r"-?\d+", name):
+            if names is None and name != "-1":
+                raise InputError(f"expected a name as {key!r}, found {value!r:.80}: give --label_names for integers")
+            return _label_name(int(name), names, key)
+        if name in ("", "-"):
+            return None
         if names is not None and name not in names:
             raise InputError(f"expected one of {', '.join(names)} as {key!r}, found {value!r:.80}")
         return name
+    if value is None or value == -1:
+        return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(names or ()):
         last = len(names or NLI_LABELS) - 1
         raise InputError(f"expected an integer from 0 to {last}, or a name, as {key!r}, found {value!r:.80}")

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from idrm.checkpointing import CheckpointingTrainer
+from idrm.errors import InputError
 from idrm.nli.evaluation import classification_metrics
 
 
@@ -32,6 +33,9 @@ class NliTrainer(CheckpointingTrainer):
         processing_class: the tokenizer, saved beside the model.
         labels: names in the order of the logits.
         early_stopping_patience: evaluations without a better metric_for_best_model that end the training; 0 for none.
+
+    Raises:
+        InputError: in an evaluation, a loss that is not finite.
     """
 
     loss_is_scaled_for_ga = False  # the model's loss is the mean over the pairs of one micro-batch
@@ -66,9 +70,22 @@ class NliTrainer(CheckpointingTrainer):
         _, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return None, logits, labels
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Nothing where the checkpoint to go on from is the one at which the run had stopped early."""
+        stopping = [part for part in self.callback_handler.callbacks if isinstance(part, EarlyStoppingCallback)]
+        if any(part.early_stopping_patience_counter >= part.early_stopping_patience for part in stopping):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, Any]:
         logits, references = prediction.predictions, prediction.label_ids
         loss = cross_entropy(torch.from_numpy(logits.astype(np.float64)), torch.from_numpy(references))
+        if not loss.isfinite():
+            raise InputError(
+                f"--learning_rate {self.args.learning_rate:g}: the loss of an evaluation is {loss.item()} after "
+                f"{self.state.global_step} steps: the training has diverged; give a lower one"
+            )
         return {
             "loss": loss.item(),
             **classification_metrics(logits.argmax(-1), references, self.labels),

@@ -116,6 +116,16 @@ def test_what_is_recorded_reads_back_as_the_same_run(write_yaml):
         ([*RUN, "--eval_strategy", "steps"], "--eval_strategy steps needs pairs"),
         ([*RUN, "--alfa", "1"], "--alfa"),
         ([*RUN, "--deepspeed", "none.json"], "--deepspeed none.json: cannot be read"),
+        ([*RUN, "--learning_rate", "nan"], "--learning_rate: expected at least 0.0, got nan"),
+        ([*RUN, "--learning_rate", "-1"], "--learning_rate: expected at least 0.0, got -1.0"),
+        ([*RUN, "--adam_epsilon", "-1"], "--adam_epsilon: expected at least 0.0, got -1.0"),
+        ([*RUN, "--adam_beta2", "2"], "--adam_beta2: expected less than 1, got 2.0"),
+        ([*RUN, "--dataloader_num_workers", "-1"], "--dataloader_num_workers: expected at least 0, got -1"),
+        ([*RUN, "--seed", "-1"], "--seed: expected an integer from 0 to 4294967295, got -1"),
+        ([*RUN, "--seed", "4294967296"], "--seed: expected an integer from 0 to 4294967295, got 4294967296"),
+        ([*RUN, "--data_seed", "-1"], "--data_seed: expected an integer from 0 to 4294967295, got -1"),
+        ([*RUN, "--num_train_epochs", "0"], "--num_train_epochs: expected more than 0, got 0"),
+        ([*RUN, "--num_train_epochs", "nan"], "--num_train_epochs: expected more than 0, got nan"),
     ],
 )
 def test_contradictions_are_refused(argv, message):
@@ -137,6 +147,11 @@ def test_a_deepspeed_configuration_that_could_not_save_is_refused(tmp_path, cont
     (tmp_path / "ds.json").write_text(content)
     with pytest.raises(InputError, match=message):
         parse_arguments([*RUN, "--deepspeed", str(tmp_path / "ds.json")])
+
+
+def test_what_a_training_may_still_be_told():
+    flags = ["--seed", str(2**32 - 1), "--learning_rate", "0", "--num_train_epochs", "0", "--max_steps", "4"]
+    assert parse_arguments([*RUN, *flags]).training["max_steps"] == 4
 
 
 def test_neither_model_nor_data_is_the_embedded_demonstration():

@@ -217,6 +217,13 @@ def test_a_tracker_that_is_not_there(refused):
     assert "--report_to no_such_tracker" in refused(report_to="no_such_tracker")
 
 
+def test_an_optimizer_and_a_schedule_that_cannot_be_built(refused):
+    assert "--optim lomo: You need to install `lomo_optim`" in refused(optim="lomo")
+    assert "get_cosine_schedule_with_warmup() got an unexpected keyword" in refused(
+        lr_scheduler_type="cosine", lr_scheduler_kwargs='{"no_such_argument": 1}'
+    )
+
+
 def test_fewer_pairs_than_the_one_batch_that_is_not_dropped(refused):
     line = refused(dataloader_drop_last="true", per_device_train_batch_size=64)
     assert "48 pairs make no batch of 64" in line

@@ -6,6 +6,7 @@ import pytest
 
 from idrm.arguments import parse_arguments
 from idrm.errors import InputError
+from idrm.nli.arguments import parse_arguments as parse_teacher_arguments
 from idrm.run_folder import resume_checkpoint, write_run_file
 
 
@@ -44,3 +45,16 @@ def test_a_cache_may_move_but_neither_come_nor_go(tmp_path):
         else:
             with pytest.raises(InputError, match="holds another run, with teacher_cache"):
                 resume_checkpoint(config)
+
+
+def test_the_seed_that_chose_the_pairs_held_out_may_not_change(tmp_path, caplog):
+    flags = ["--model_name_or_path", "m", "--dataset_name", "snli.jsonl", "--output_dir", str(tmp_path)]
+    write_run_file(parse_teacher_arguments([*flags, "--seed", "3"]))
+    assert resume_checkpoint(parse_teacher_arguments([*flags, "--seed", "3", "--resume_from_checkpoint"])) is None
+    with pytest.raises(InputError, match="holds another run, with seed 3 and not its default"):
+        resume_checkpoint(parse_teacher_arguments([*flags, "--resume_from_checkpoint"]))
+    flags += ["--eval_dataset_name", "dev.jsonl"]
+    write_run_file(parse_teacher_arguments([*flags, "--seed", "3"]))
+    with caplog.at_level(logging.WARNING, logger="idrm"):
+        assert resume_checkpoint(parse_teacher_arguments([*flags, "--resume_from_checkpoint"])) is None
+    assert "Resumed with other values than the run began with: seed." in caplog.messages

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -137,14 +138,18 @@ def test_two_ranks_under_zero3_are_one_plain_process(tmp_path, train, run_here, 
 def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
     tmp_path, train, start_training, run_here, flags, teacher_path
 ):
-    # A head that is kept, dropout, and an evaluation that does not improve: all that a resumed run has to take up.
+    # A head that is kept, dropout, and evaluations that do not improve: all that a resumed run has to take up. The loss
+    # falls and ought to rise, so that soon each evaluation counts, and the twelfth in a row ends the training: some
+    # of them before the kill and some after it.
     flags = (*flags, "--model_name_or_path", teacher_path, "--per_device_train_batch_size", 8)
-    flags = (*flags, "--eval_steps", 6, "--learning_rate", "1e-3", "--early_stopping_patience", 6)
+    flags = (*flags, "--num_train_epochs", 12, "--eval_steps", 6, "--learning_rate", "1e-3")
+    flags = (*flags, "--early_stopping_patience", 12, "--metric_for_best_model", "loss", "--greater_is_better", "true")
     unbroken = run_here(tmp_path / "unbroken", *flags)
     folder = tmp_path / "out"
     process = start_training(folder, *flags, script=SCRIPT, start_new_session=True)
     deadline = time.monotonic() + 200
-    while not (folder / "checkpoint-12" / "trainer_state.json").exists():  # it may be half-written
+    later = re.compile(r".*/checkpoint-(2[4-9]|[3-9]\d)/trainer_state\.json")  # it may be half-written
+    while not any(later.fullmatch(str(path)) for path in folder.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -154,12 +159,14 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(
     assert not (folder / "config.json").exists()
     resumed = train(folder, *flags, "--resume_from_checkpoint", script=SCRIPT)
     assert resumed.returncode == 0, resumed.errors
-    expected = weights(unbroken)
-    for name, weight in weights(folder).items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
     states = [json.loads((run / "trainer_state.json").read_text()) for run in (folder, unbroken)]
-    assert states[0]["global_step"] == states[1]["global_step"]
-    assert states[0]["best_global_step"] == states[1]["best_global_step"]
+    best, last = states[1]["best_global_step"], states[1]["global_step"]
+    assert best < 24 < last == best + 72 < states[1]["max_steps"]
+    assert (states[0]["best_global_step"], states[0]["global_step"]) == (best, last)
+    for part in (".", f"checkpoint-{last}"):
+        expected = weights(unbroken / part)
+        for name, weight in weights(folder / part).items():
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
 
 
 def test_training_stops_where_evaluation_no_longer_improves(tmp_path, run_here, flags, caplog):
@@ -169,6 +176,16 @@ def test_training_stops_where_evaluation_no_longer_improves(tmp_path, run_here, 
     state = json.loads((folder / "trainer_state.json").read_text())
     assert (state["best_global_step"], state["global_step"]) == (6, 18)
     assert "Stopped early, at step 18 of 90." in caplog.messages
+    # Going on from there, it has nothing to do but to save what it had found.
+    (folder / "model.safetensors").unlink()
+    caplog.clear()
+    with caplog.at_level("INFO", logger="idrm"):
+        run_here(folder, *flags, "--num_train_epochs", 30, "--resume_from_checkpoint")
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 18
+    assert "Stopped early, at step 18 of 90." in caplog.messages
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-6"]
+    expected = weights(folder / "checkpoint-6")
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(folder).items())
 
 
 def test_a_newcomers_run_holds_out_pairs_and_tests(tmp_path, run_here, encoder_path, nli_path, eval_nli_path, caplog):
@@ -266,10 +283,52 @@ def test_bad_input_is_one_line(refused, tmp_path, student_path, eval_nli_path):
     assert "is no encoder that can teach (llama)" in refused(model_name_or_path=student_path)
     assert "--max_length 129: the model reads 128 tokens at most" in refused(max_length=129)
     assert "--metric_for_best_model f1: expected one of loss, accuracy" in refused(metric_for_best_model="f1")
-    assert "--attn_implementation" not in refused(attn_implementation="ring_attention")
+    assert "--attn_implementation ring_attention: " in refused(attn_implementation="ring_attention")
     assert "--report_to no_such_tracker" in refused(report_to="no_such_tracker")
     assert "make no batch of 512" in refused(dataloader_drop_last="true", per_device_train_batch_size=512)
     assert "--model_name_or_path ./nowhere: no such folder" in refused(model_name_or_path="./nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, "--optim adamw_bnb_8bit: "),
+        ({"optim": "lomo"}, "--optim lomo: "),
+        ({"optim": "adafactor", "optim_args": "no_value"}, "--optim adafactor, --optim_args no_value: "),
+        ({"use_liger_kernel": "true"}, "--use_liger_kernel: liger-kernel is not installed here"),
+        ({"torch_compile_mode": "bogus"}, "--torch_compile_mode bogus: "),
+        ({"torch_compile_backend": "bogus"}, "--torch_compile_backend bogus: "),
+        ({"accelerator_config": "nowhere.json"}, "training arguments: [Errno 2] No such file"),
+        ({"push_to_hub": "true"}, "--push_to_hub: the hub cannot be asked: Cannot reach "),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr: "),
+    ],
+)
+def test_what_cannot_be_set_up_is_one_line(refused, monkeypatch, tmp_path, changes, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    assert message in refused(**changes)
+    assert not (tmp_path / "out" / "run.yaml").exists()
+
+
+def test_a_metric_of_a_label_that_the_evaluation_lacks(refused, tmp_path, nli_path):
+    records = [line for line in nli_path.read_text().splitlines() if json.loads(line)["label"] != 1]
+    (tmp_path / "two.jsonl").write_text("\n".join(records))
+    line = refused(eval_dataset_name=tmp_path / "two.jsonl", metric_for_best_model="accuracy_neutral")
+    assert line.endswith("expected one of loss, accuracy, macro_f1, accuracy_entailment, accuracy_contradiction")
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_training_that_diverges_saves_no_model(tmp_path, run_here, flags, capsys, evaluates):
+    flags = (*flags, "--learning_rate", "1e30", "--warmup_steps", 0, "--max_steps", 3, "--eval_steps", 3)
+    if not evaluates:
+        flags = (*flags, "--eval_strategy", "no", "--save_strategy", "no")
+    with pytest.raises(SystemExit) as exit_:
+        run_here(tmp_path / "out", *flags)
+    assert exit_.value.code == 2
+    message = "error: --learning_rate 1e+30: the loss of an evaluation is nan after 3 steps: the training has diverged"
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_deberta_v1_in_half_precision(refused, save_encoder):

@@ -66,6 +66,9 @@ def test_a_metric_that_should_fall():
         ([*RUN, "--pairs_name", "hh.jsonl"], "--pairs_name is for --check"),
         (["--model_name_or_path", "x", "--check"], "give --eval_dataset_name or --pairs_name"),
         ([*RUN, "--alpha", "1"], "--alpha"),
+        ([*RUN, "--learning_rate", "nan"], "--learning_rate: expected at least 0.0, got nan"),
+        ([*RUN, "--seed", "-1"], "--seed: expected an integer from 0 to 4294967295, got -1"),
+        ([*RUN, "--num_train_epochs", "-3"], "--num_train_epochs: expected more than 0, got -3"),
         ([*RUN, "--deepspeed", '{"zero_optimization": {"stage": 3}}'], "stage3_gather_16bit_weights_on_model_save"),
     ],
 )

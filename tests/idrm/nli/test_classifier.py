@@ -1,10 +1,12 @@
 """Heads, labels and pooling of every family, and what is saved."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -152,6 +154,37 @@ def test_a_base_checkpoint_gets_a_head(save_encoder, encoder_type, caplog):
     assert all(torch.equal(kept[name], weight) for name, weight in encoder.items() if name in kept)
 
 
+def test_an_encoder_without_its_weights_is_refused(save_encoder, encoder_type):
+    """Only what belongs to a head may be missing: a checkpoint of other names would leave a random encoder."""
+    folder = save_encoder(encoder_type)
+    weights = load_file(folder / "model.safetensors")
+    last = sorted(name for name in weights if "pooler" not in name and name.endswith("weight"))[-1]
+    weights[f"alien.{last}"] = weights.pop(last)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = r"--model_name_or_path .*: the checkpoint lacks 1 weights of .*ForSequenceClassification, among them .*"
+    with pytest.raises(InputError, match=message + re.escape(last)):
+        load(folder)
+    with pytest.raises(InputError, match=r"^teacher two: the checkpoint lacks 1 weights"):
+        load(folder, whose="teacher two")
+
+
+def test_a_head_without_its_weights_is_refused_where_none_may_be_new(save_encoder, encoder_type):
+    label2id = {name: index for index, name in enumerate(LABELS)}
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": label2id}
+    folder = save_encoder(encoder_type, AutoModelForSequenceClassification, **names)
+    assert load(folder, new_head=False).config.num_labels == 3
+    with pytest.raises(InputError, match="it has one for entailment, neutral, contradiction"):
+        load(folder, LABELS[::-1], new_head=False)
+    weights = load_file(folder / "model.safetensors")
+    head = sorted(name for name in weights if "classifier" in name)
+    for name in head:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"has no whole head for .*: the checkpoint lacks {', '.join(head)}"):
+        load(folder, new_head=False)
+    assert load(folder).config.num_labels == 3
+
+
 def test_the_limit_of_a_family(save_encoder):
     limits = {"bert": 128, "roberta": 127, "deberta-v2": None, "modernbert": 128}
     assert {kind: longest_input(load_classifier_config(str(save_encoder(kind)))) for kind in limits} == limits
@@ -173,15 +206,22 @@ def test_a_decoder_is_refused(student_path, save_encoder):
 
 def test_what_cannot_be_loaded_is_one_line(save_encoder, tmp_path):
     folder = save_encoder("bert")
-    with pytest.raises(InputError, match="ring_attention"):
-        load(folder, attn_implementation="ring_attention")
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match=r"--model_name_or_path \./nowhere: no such folder"):
         load_classifier_config("./nowhere")
+    with pytest.raises(InputError, match=r"^--compare_with \./nowhere: no such folder"):
+        load_classifier_config("./nowhere", whose="--compare_with ./nowhere")
     torch.save(AutoModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="safetensors") as refusal:
         load(folder)
     assert "\n" not in str(refusal.value)
+
+
+def test_an_attention_that_is_unknown_names_its_flag(save_encoder, encoder_type):
+    folder = save_encoder(encoder_type)
+    with pytest.raises(InputError, match=r"^--attn_implementation ring_attention: "):
+        load(folder, attn_implementation="ring_attention")
+    assert load(folder, attn_implementation="eager").config._attn_implementation == "eager"
 
 
 def test_a_tokenizer_pads_on_the_right_or_is_refused(save_encoder):

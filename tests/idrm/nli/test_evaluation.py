@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
+from idrm.errors import InputError
 from idrm.nli import encode_nli, evaluate_classifier, load_classifier_tokenizer, load_nli
 from idrm.nli.evaluation import classification_metrics, metric_names
 
@@ -54,6 +55,15 @@ def test_an_evaluation_is_the_pairs_one_by_one(teacher_path, eval_nli_path):
         own = [a == b for a, b in hits if a == index]
         assert metrics["per_label"][label] == pytest.approx({"accuracy": sum(own) / len(own), "examples": len(own)})
     assert metrics["examples"] == 29
+
+
+def test_logits_that_are_not_finite_are_no_predictions(teacher_path, eval_nli_path):
+    tokenizer = load_classifier_tokenizer(str(teacher_path))
+    model = AutoModelForSequenceClassification.from_pretrained(teacher_path)
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    encoded, _ = encode_nli(load_nli(str(eval_nli_path))[0], tokenizer, max_length=64, token_types=True)
+    with pytest.raises(InputError, match=f"{teacher_path}: its logits are not finite"):
+        evaluate_classifier(model, tokenizer, encoded, LABELS, show_progress=False)
 
 
 def test_what_is_too_long_loses_tokens_of_its_longer_side_and_is_counted(teacher_path, eval_nli_path):

@@ -97,6 +97,19 @@ def test_pairs_without_a_label_or_a_text_are_dropped_and_counted(write):
     assert (len(pairs), report.dropped) == (4, {"no_label": 2})
 
 
+def test_a_label_of_white_space_is_none_and_integers_may_be_strings(write):
+    labels = (" - ", "", "-1", *NAMES)
+    records = [*original_records(labels[:3]), *original_records(labels[3:])]
+    pairs, found, report = load_nli(write(records))
+    assert (found, len(pairs), report.dropped) == (NAMES, 3, {"no_label": 3})
+    records = [*hub_records(("0", " 1 ", "2")), *hub_records(("-1", "-", "neutral"))]
+    pairs, _, report = load_nli(write(records), label_names=NAMES)
+    assert pairs["label"][:] == [0, 1, 2, 1]
+    assert report.dropped == {"no_label": 2}
+    with pytest.raises(InputError, match="record 2: expected an integer from 0 to 2, or a name, as 'label', found 3"):
+        load_nli(write(hub_records(("0", "3", "2"))), label_names=NAMES)
+
+
 def test_bare_integers_are_said_to_be_in_the_order_of_snli(write):
     assert "taken to be in SNLI's order" in load_nli(write(hub_records()))[2].summary()
     assert "SNLI" not in load_nli(write(original_records()))[2].summary()
@@ -181,6 +194,10 @@ def test_a_configuration_of_a_hub_name(monkeypatch):
         (
             [*hub_records(), {"premise": None, "hypothesis": "b", "label": 1}],
             "record 4: expected a string as 'premise'",
+        ),
+        (
+            hub_records(("neutral", "0", "entailment")),
+            "record 2: expected a name as 'label', found '0': give --label_names for integers",
         ),
         (hub_records((-1, -1, -1)), r"no pair can be used \(.*3 no_label"),
         (hub_records(("positive", "negative", "neutral")), "two or three labels with 'entailment' among them, found"),
