@@ -94,14 +94,15 @@ def _accuracy(config: TeacherConfiguration, name: str, device: torch.device) -> 
     "with_other_premises" is the accuracy where the premises of the set are exchanged among its pairs: what is left of
     the other is what the true premises add.
     """
-    encoder_config = load_classifier_config(name)
+    whose = None if name == config.encoder.model_name_or_path else f"--compare_with {name}"
+    encoder_config = load_classifier_config(name, whose=whose)
     labels = classifier_labels(encoder_config)
     if config.data.eval_dataset_name is None:
         return None
     if labels is None:
         logger.warning("%s is no NLI classifier: there is no accuracy to measure.", name)
         return None
-    tokenizer = load_classifier_tokenizer(name)
+    tokenizer = load_classifier_tokenizer(name, whose=whose)
     pairs = labelled_pairs(config, config.data.eval_dataset_name, config.data.eval_dataset_split, labels)
     model = load_classifier(
         name,
@@ -109,6 +110,8 @@ def _accuracy(config: TeacherConfiguration, name: str, device: torch.device) -> 
         labels,
         pooling=config.encoder.pooling,
         attn_implementation=config.encoder.attn_implementation,
+        new_head=False,
+        whose=whose,
     ).to(device)
 
     def evaluate(pairs: Dataset) -> dict[str, Any]:

@@ -17,6 +17,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from idrm.command_line import refused_arguments
+from transformers import EarlyStoppingCallback
+
 from idrm.errors import InputError
 from idrm.nli.arguments import TeacherConfiguration, parse_arguments
 from idrm.nli.classifier import load_classifier, load_classifier_config, load_classifier_tokenizer
@@ -101,6 +103,7 @@ def train(config: TeacherConfiguration) -> None:
         best = Path(state.best_model_checkpoint).name
         logger.info("The best checkpoint is %s: %s %.4f.", best, args.metric_for_best_model, state.best_metric)
     trainer.save_state()
+    trainer.remove_callback(EarlyStoppingCallback)  # it would miss its metric among those of the tests
     # A model that has diverged is refused here, and not saved.
     evaluations = {which: trainer.evaluate(part, metric_key_prefix=which) for which, part in encoded.items()}
     trainer.save_model()
