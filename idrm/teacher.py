@@ -16,9 +16,9 @@ if __package__ in (None, ""):
     # Started by its path, idrm/ itself is first on sys.path: put the folder that holds the package there instead.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from idrm.command_line import refused_arguments
 from transformers import EarlyStoppingCallback
 
+from idrm.command_line import refused_arguments
 from idrm.errors import InputError
 from idrm.nli.arguments import TeacherConfiguration, parse_arguments
 from idrm.nli.classifier import load_classifier, load_classifier_config, load_classifier_tokenizer
