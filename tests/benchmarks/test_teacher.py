@@ -44,7 +44,7 @@ def test_variants_agree(tiny, shape, variants):
 
 def test_half_depth_runs_half_the_blocks(tiny):
     contest, ran = tiny("deberta-large"), []
-    for layer, block in enumerate(teacher._model(contest).encoder.layer):
+    for layer, block in enumerate(teacher._model(contest, False).encoder.layer):
         block.register_forward_pre_hook(lambda *arguments, layer=layer: ran.append(layer))
     calls = contest.variants(("sdpa", HALF))
     calls["sdpa"]()
@@ -56,7 +56,7 @@ def test_half_depth_runs_half_the_blocks(tiny):
 
 def test_weights_are_held_once(tiny):
     contest = tiny("deberta-large")
-    weights = {parameter.data_ptr() for parameter in teacher._model(contest).parameters()}
+    weights = {parameter.data_ptr() for parameter in teacher._model(contest, False).parameters()}
     call = contest._call("eager", 5)
     (owner,) = [cell.cell_contents for cell in call.__closure__ if hasattr(cell.cell_contents, "attention")]
     assert {parameter.data_ptr() for parameter in owner._model.parameters()} == weights
@@ -85,5 +85,5 @@ def test_an_attention_that_knows_no_log_buckets_gets_no_number(tiny, monkeypatch
 
 def test_an_implementation_that_is_not_there_gets_no_number(tiny):
     contest = dataclasses.replace(tiny("deberta-large"), dtype="bfloat16")
-    assert teacher._model(contest).dtype == torch.bfloat16
+    assert teacher._model(contest, False).dtype == torch.bfloat16
     assert "'flashdeberta' " in contest.check("flashdeberta")
