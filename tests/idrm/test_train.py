@@ -154,14 +154,14 @@ def test_a_pad_token_is_added_under_zero3(tmp_path, train, flags, student_path):
 def test_two_ranks_fill_a_cache_and_a_later_run_needs_no_teacher(tmp_path, train, flags):
     """Read in windows and in a drawn order, which the later run draws alike."""
     reading = ("--teacher_max_length", 40, "--teacher_long_inputs", "windows", "--teacher_segment_order", "random")
-    changed = ("--teacher_cache", tmp_path / "cache", *reading, "--max_steps", 12, "--save_strategy", "no")
-    first = train(tmp_path / "first", *ZERO3, *flags, *changed, "--per_device_train_batch_size", 2, ranks=2)
+    changed = ("--teacher_cache", tmp_path / "cache", *reading, "--max_steps", 6, "--save_strategy", "no")
+    first = train(tmp_path / "first", *ZERO3, *flags, *changed, "--per_device_train_batch_size", 4, ranks=2)
     assert first.returncode == 0, first.errors
     assert "59 pairs as maps take" in first.errors
     assert "; 0 of them are there" in first.errors
     assert "read in windows" in first.errors
     assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 59
-    later = train(tmp_path / "later", *flags, *changed, "--per_device_train_batch_size", 4)
+    later = train(tmp_path / "later", *flags, *changed, "--per_device_train_batch_size", 8)
     assert later.returncode == 0, later.errors
     assert "59 of them are there" in later.errors
     assert "59 came from it and 0 from the teacher" in later.errors

@@ -166,7 +166,7 @@ def test_example_losses_are_the_terms_of_the_loss(name, impl, widest_dtype, devi
 
 def test_inputs_may_be_strided(impl, device):
     """Slices of one fused projection: the same bits as contiguous copies, and gradients of the inputs' shape."""
-    problem = make_problem(Case(merged=True), device)
+    problem = make_problem(Case(lengths=((5, 3),), merged=True), device)
     generator = torch.Generator().manual_seed(0)
     fused = torch.randn(problem.layout.total_tokens, 8, 8, generator=generator).to(device).requires_grad_()
     results = []
@@ -180,7 +180,7 @@ def test_inputs_may_be_strided(impl, device):
 
 @pytest.mark.parametrize("wanted", ["q", "k"])
 def test_one_input_alone_may_require_grad(wanted, impl, device):
-    problem, q, k = make_problem(Case(), device).leaves()
+    problem, q, k = make_problem(Case(lengths=((5, 3),)), device).leaves()
 
     def gradients(student, *leaves):
         loss = attention_map_loss(student, problem.teacher, problem.layout, impl=impl).loss

@@ -532,8 +532,13 @@ def test_flashdeberta_is_handed_what_it_reads(name, padding_side, tokenizer, mon
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flashdeberta") is None, reason="flashdeberta is not installed")
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("name", [name for name in DEBERTAS if not name.endswith(("plain", "no terms"))])
+@pytest.mark.parametrize(
+    ("name", "padding_side"),
+    [
+        *((name, "left") for name in DEBERTAS if not name.endswith(("plain", "no terms"))),
+        *((name, "right") for name in ("v1 c2p p2c", "v2 buckets")),
+    ],
+)
 def test_flashdeberta_gives_the_queries_of_eager_attention(name, padding_side, tokenizer, monkeypatch):
     """The real kernel, without a GPU in Triton's interpreter, behind the attention of two blocks."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
