@@ -94,11 +94,11 @@ def _accuracy(config: TeacherConfiguration, name: str, device: torch.device) -> 
     "with_other_premises" is the accuracy where the premises of the set are exchanged among its pairs: what is left of
     the other is what the true premises add.
     """
+    if config.data.eval_dataset_name is None:
+        return None
     whose = None if name == config.encoder.model_name_or_path else f"--compare_with {name}"
     encoder_config = load_classifier_config(name, whose=whose)
     labels = classifier_labels(encoder_config)
-    if config.data.eval_dataset_name is None:
-        return None
     if labels is None:
         logger.warning("%s is no NLI classifier: there is no accuracy to measure.", name)
         return None

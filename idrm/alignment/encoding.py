@@ -286,7 +286,7 @@ class PairEncoder:
             [window_starts[window][segment] + token - part.starts[window] for token, window in enumerate(part.owners())]
             for segment, part in enumerate(divided)
         ]
-        _, _, whole_starts = self._joint.join(*texts, rejected_first=rejected_first)
+        whole_starts = self._joint.starts(*lengths, rejected_first=rejected_first)
         origins = [start - lost for start, lost in zip(whole_starts, lost_tokens, strict=True)]
         return _TeacherInput(ids, token_types, window_lengths, origins, places, lost_tokens, lost_units)
 

@@ -89,6 +89,11 @@ class JointTemplate:
         first, second = (rejected, chosen) if rejected_first else (chosen, rejected)
         before, in_first, between, in_second, after = self.token_types
         types = [*before, *(in_first[:1] * len(first)), *between, *(in_second[:1] * len(second)), *after]
-        starts = [len(self.before), len(self.before) + len(first) + len(self.between)]
         ids = [*self.before, *first, *self.between, *second, *self.after]
-        return ids, types, starts[::-1] if rejected_first else starts
+        return ids, types, self.starts(len(chosen), len(rejected), rejected_first=rejected_first)
+
+    def starts(self, chosen: int, rejected: int, *, rejected_first: bool) -> list[int]:
+        """The position of the first token of chosen and of rejected, of so many tokens each."""
+        first = len(self.before)
+        second = first + (rejected if rejected_first else chosen) + len(self.between)
+        return [second, first] if rejected_first else [first, second]

@@ -148,6 +148,7 @@ class TeacherCache:
         """
         folder = Path(folder).expanduser()
         prepare_cache_folder(folder)
+        _remove_left_overs(folder)
         options = {"normalization": normalization, "num_head_groups": num_head_groups}
         caches = [cls(folder, teacher, form, **options) for form in ("maps", "queries_and_keys")]
         pairs = _pairs_with_units(data_sets)
@@ -301,10 +302,7 @@ class _Plan(NamedTuple):
 
 
 def prepare_cache_folder(folder: Path) -> None:
-    """Makes the folder, and removes what killed processes left in it.
-
-    Raises InputError if it can neither be made nor read.
-    """
+    """Makes the folder. Raises InputError if it can neither be made nor read."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         readable = os.access(folder, os.R_OK | os.X_OK)
@@ -312,6 +310,10 @@ def prepare_cache_folder(folder: Path) -> None:
         raise InputError(f"--teacher_cache {folder}: cannot be made ({error.strerror})") from error
     if not readable:
         raise InputError(f"--teacher_cache {folder}: cannot be read")
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """What killed processes left under temporary names."""
     for left_over in folder.glob(f"*/{TEMPORARY_PREFIX}*"):
         # Another process may rename or remove it meanwhile, and another user's may stay.
         with contextlib.suppress(OSError):

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import sys
 from types import ModuleType
@@ -102,7 +101,7 @@ def no_device_guard(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flashdeberta") is None, reason="flashdeberta is not installed")
+@pytest.mark.skipif(sys.platform != "linux", reason="flashdeberta, of the test extra, needs Triton, which is for Linux")
 @pytest.mark.parametrize("terms", ["both", "c2p", "p2c"])
 def test_flashdeberta_equals_the_formula(terms, no_device_guard):
     device = "cuda" if torch.cuda.is_available() else "cpu"

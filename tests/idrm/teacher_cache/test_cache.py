@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertModel, DebertaV2Config, DebertaV2Model
+from transformers import BertModel, DebertaV2Model
 
 from idrm.alignment import PairEncoder, encode_preferences
 from idrm.capture import Teacher
@@ -30,27 +30,14 @@ def pairs(student_tokenizer, teacher_tokenizer, pairs_path):
 
 
 @pytest.fixture
-def make_teacher(teacher_path, teacher_tokenizer):
+def make_teacher(teacher_path, teacher_tokenizer, encoder_config):
     """make_teacher("bert" or "deberta", layers): the tiny BERT, or a DeBERTa with both position terms."""
 
     def make(kind="bert", layers=LAYERS):
         if kind == "bert":
             return Teacher(BertModel.from_pretrained(teacher_path), teacher_tokenizer, layers)
         torch.manual_seed(0)
-        config = DebertaV2Config(
-            vocab_size=len(teacher_tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            relative_attention=True,
-            pos_att_type=["c2p", "p2c"],
-            position_buckets=8,
-            max_relative_positions=64,
-            norm_rel_ebd="layer_norm",
-            position_biased_input=False,
-            initializer_range=0.2,
-        )
+        config = encoder_config("deberta-v2", position_buckets=8, max_relative_positions=64, norm_rel_ebd="layer_norm")
         return Teacher(DebertaV2Model(config), teacher_tokenizer, layers)
 
     return make
