@@ -22,16 +22,17 @@ EXAMPLE_FIELDS = tl.constexpr(len(tiles.ExampleField))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Triton's interpreter takes bfloat16 operands of a product for integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr):
     """a @ b added to a float32 accumulator, or from 0 where that is None; PRECISION is of float32 operands."""
-    if INTERPRETED and a.dtype == tl.bfloat16:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+    if INTERPRETED:
+        # Triton's interpreter takes bfloat16 operands for integers, and a BLAS of its machine may round the same scores
+        # in two ways, by how their tiles lie in memory. A recomputed score that differs makes errors that are not ours.
+        exact = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        return exact if accumulator is None else accumulator + exact
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
