@@ -87,6 +87,20 @@ class ModelArguments:
             "has none, a token reserved for padding, else '<|pad|>' is added."
         },
     )
+    dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Probability in training of all dropouts that the student's configuration has; of Llama, Mistral "
+            "and Qwen that is the attention's alone. Default: as the configuration says."
+        },
+    )
+    linear_probing: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the reward head alone, all other weights frozen, by --alpha 0: the model that runs share "
+            "which will be averaged."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Let the student's repository run its own code on this machine."}
     )
@@ -137,6 +151,14 @@ class DataArguments:
         metadata={
             "help": "Pairs longer than --teacher_max_length: cut from the left of the prompt, or read whole in several "
             "overlapping inputs (windows)."
+        },
+    )
+    teacher_control: Literal["none", "uniform", "other_pair"] = field(
+        default="none",
+        metadata={
+            "help": "A control experiment: the student imitates maps that know nothing of its pair, either those of an "
+            "encoder that attends to all tokens alike (uniform), or the teacher's of another pair of the same data set "
+            "(other_pair)."
         },
     )
     dataset_num_proc: int | None = field(
@@ -296,16 +318,31 @@ class RunConfiguration(TrainingRun[RewardTrainingArguments]):
         return self.model.model_name_or_path is None and self.data.dataset_name is None
 
 
+_KINDS = (*RunConfiguration.own_arguments, EmbeddedArguments)
+
+
+def _flag_parser() -> FlagParser:
+    return FlagParser((*_KINDS, RewardTrainingArguments), "idrm train", named=("eval_dataset_name",))
+
+
+def given_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """The flags that a part of a command line gives, with their values, not yet held against one another.
+
+    Raises:
+        InputError: an unknown flag, or a value of the wrong kind.
+    """
+    return _flag_parser().values(argv)[1]
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> RunConfiguration:
     """Parses the command line and the YAML file that it may name; the command line wins.
 
     Raises:
         InputError: an unknown flag or YAML key, a value of the wrong kind, or arguments that contradict one another.
     """
-    kinds = (*RunConfiguration.own_arguments, EmbeddedArguments)
-    parser = FlagParser((*kinds, RewardTrainingArguments), "idrm train", named=("eval_dataset_name",))
+    parser = _flag_parser()
     values, given = parser.values(argv)
-    model, data, interaction, embedded = (kind(**fields_of(kind, values)) for kind in kinds)
+    model, data, interaction, embedded = (kind(**fields_of(kind, values)) for kind in _KINDS)
     defaults = parser.defaults()
     _check(model, data, interaction, values, defaults)
     _check_embedded(model, data, embedded, given)
@@ -355,8 +392,11 @@ def _check(
             "teacher_max_length": 8,
             "teacher_cache_max_gb": 0.0,
             "dataset_num_proc": 1,
+            "dropout": 0.0,
         },
     )
+    if model.dropout is not None and model.dropout >= 1:
+        raise InputError(f"--dropout: expected less than 1, got {model.dropout}")
     require_trainable(values)
     require_defaults(values, defaults, _INAPPLICABLE, "preference pairs")
     if interaction.alpha > 0 and interaction.intra_weight == interaction.inter_weight == 0:
@@ -372,6 +412,8 @@ def _check(
             f"{len(teacher_blocks)} blocks"
         )
     trains = model.model_name_or_path is not None
+    if trains and model.linear_probing and interaction.alpha > 0:
+        raise InputError("--linear_probing: the interaction loss does not reach the reward head; give --alpha 0")
     if trains and interaction.alpha > 0 and model.teacher_name_or_path is None:
         raise InputError(f"--alpha {interaction.alpha:g} needs a teacher: give --teacher_name_or_path, or --alpha 0")
     if model.teacher_cache == "":
@@ -380,6 +422,12 @@ def _check(
         raise InputError("--teacher_cache: --alpha 0 has no teacher; leave it out")
     if model.teacher_cache_max_gb is not None and model.teacher_cache is None:
         raise InputError(f"--teacher_cache_max_gb {model.teacher_cache_max_gb:g}: caps no cache; give --teacher_cache")
+    if data.teacher_control != "none" and interaction.alpha == 0:
+        raise InputError(f"--teacher_control {data.teacher_control}: --alpha 0 has no teacher; leave it out")
+    if data.teacher_control == "uniform" and model.teacher_cache is not None:
+        raise InputError("--teacher_cache: --teacher_control uniform runs no teacher; leave it out")
+    if data.teacher_control == "other_pair" and data.teacher_long_inputs == "windows":
+        raise InputError("--teacher_control other_pair: is for pairs that are read in one input; leave windows out")
     if trains and data.eval_dataset_name is None and values["eval_strategy"] != "no":
         raise InputError(
             f"--eval_strategy {values['eval_strategy']} needs pairs to evaluate on: give --eval_dataset_name"
@@ -392,7 +440,7 @@ def _check_embedded(model: ModelArguments, data: DataArguments, embedded: Embedd
     if embedded.embedded_seeds < 1:
         raise InputError(f"--embedded_seeds: expected at least 1, got {embedded.embedded_seeds}")
     if model.model_name_or_path is None and data.dataset_name is None:
-        misplaced = {"teacher_name_or_path", "teacher_cache", "eval_dataset_name"} & given.keys()
+        misplaced = {"teacher_name_or_path", "teacher_cache", "teacher_control", "eval_dataset_name"} & given.keys()
         reason = "needs a model and data: give --model_name_or_path and --dataset_name"
     else:
         misplaced = {"embedded_seeds", "embedded_control"} & given.keys()

@@ -9,8 +9,8 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -55,6 +55,14 @@ class TrainingRun(Generic[Arguments]):
     def own_argument_names(cls) -> list[str]:
         """Names of the arguments that are this project's and not transformers'."""
         return [entry.name for kind in cls.own_arguments for entry in fields(kind)]
+
+    @classmethod
+    def own_defaults(cls) -> dict[str, Any]:
+        """What these arguments are where nobody gives them."""
+        own = (entry for kind in cls.own_arguments for entry in fields(kind))
+        return {
+            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory() for entry in own
+        }
 
     @property
     def kept_on_resume(self) -> list[str]:
@@ -138,14 +146,23 @@ class FlagParser(HfArgumentParser):
                 continue
             if key in self._named and isinstance(value, dict):
                 value = [f"{name}={source}" for name, source in value.items()]
-            if isinstance(value, dict):
-                value = json.dumps(value)
-            tokens += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+            tokens += flag_tokens({key: value})
         try:
             self.parse_args(tokens)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         return tokens
+
+
+def flag_tokens(flags: Mapping[str, Any]) -> list[str]:
+    """Values by flag as the tokens of a command line: a list gives several, a mapping is one in JSON."""
+    tokens: list[str] = []
+    for flag, value in flags.items():
+        if isinstance(value, (list, tuple)):
+            tokens += [f"--{flag}", *map(str, value)]
+        else:
+            tokens.append(f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+    return tokens
 
 
 def fields_of(kind: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from idrm.arguments import InteractionArguments
 from idrm.capture.student import CapturedBlock
 from idrm.capture.teacher import Teacher
+from idrm.capture.uniform import UniformTeacher
 from idrm.collator import InteractionInputs
 from idrm.errors import InputError
 from idrm.side_stream import SideStream
@@ -25,13 +26,16 @@ class InteractionLoss:
     """Compares supervised student blocks with the teacher's, as the arguments say (DESIGN section 2).
 
     Args:
-        teacher: frozen, perhaps behind a cache; its blocks are paired in order with ``student_layers``.
+        teacher: frozen, perhaps behind a cache, or a control; its blocks are paired in order with ``student_layers``.
         student_layers: the supervised blocks of the student, non-negative.
         arguments: weights, reduction, metric, normalisation, head groups and kernel.
     """
 
     def __init__(
-        self, teacher: Teacher | CachedTeacher, student_layers: Sequence[int], arguments: InteractionArguments
+        self,
+        teacher: Teacher | CachedTeacher | UniformTeacher,
+        student_layers: Sequence[int],
+        arguments: InteractionArguments,
     ):
         self.teacher = teacher
         self.student_layers = tuple(student_layers)

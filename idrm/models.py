@@ -25,12 +25,16 @@ ADDED_PAD_TOKEN = "<|pad|>"
 # Tokens that published vocabularies reserve for padding without naming them as the pad token.
 RESERVED_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
 
+# What configurations of decoders call the probabilities of their dropouts.
+DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout")
+
 
 def load_student_config(arguments: ModelArguments) -> PreTrainedConfig:
     """The student's configuration, set up for one reward.
 
     Raises:
-        InputError: nothing loadable there, an encoder, or a classifier of several labels.
+        InputError: nothing loadable there, an encoder, a classifier of several labels, or a dropout asked of a model
+            without any.
     """
     name = arguments.model_name_or_path
     require_folder(f"--model_name_or_path {name}", name)
@@ -50,7 +54,18 @@ def load_student_config(arguments: ModelArguments) -> PreTrainedConfig:
     config.num_labels = 1
     # Without it, transformers' pipeline and vLLM would return sigmoid(reward).
     config.problem_type = "regression"
+    if arguments.dropout is not None:
+        _set_dropout(config.get_text_config(), arguments.dropout)
     return config
+
+
+def _set_dropout(config: PreTrainedConfig, probability: float) -> None:
+    names = [name for name in DROPOUT_FIELDS if isinstance(getattr(config, name, None), (int, float))]
+    if not names:
+        raise InputError(f"--dropout {probability}: a {config.model_type} has no dropout that could be set")
+    for name in names:
+        setattr(config, name, probability)
+    logger.info("Dropout %g: %s.", probability, ", ".join(names))
 
 
 def load_student_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -92,7 +107,8 @@ def load_student(
 ) -> PreTrainedModel:
     """The student with a reward head, from safetensors only; partitioned where ZeRO-3 is set up.
 
-    Its embeddings are enlarged for tokens that the tokenizer has beyond them, and its config knows the pad token.
+    Its embeddings are enlarged for tokens that the tokenizer has beyond them, and its config knows the pad token. With
+    `linear_probing` all but its head is frozen.
 
     Raises:
         InputError: weights that cannot be loaded, or an attention implementation that transformers does not know.
@@ -116,6 +132,8 @@ def load_student(
         logger.info("The student's embeddings have %d rows now, %d before.", len(tokenizer), rows)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
+    if arguments.linear_probing:
+        model.base_model.requires_grad_(False)
     return model
 
 

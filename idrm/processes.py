@@ -6,10 +6,14 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
 
 import torch
 from huggingface_hub import whoami
@@ -40,6 +44,23 @@ def command() -> Iterator[None]:
         if is_local_main():
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def termination_as_exit() -> Iterator[None]:
+    """SIGTERM, which a scheduler sends, raises SystemExit in here, so that what was begun is put away; status 143."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def prepare_training(run: TrainingRun[Arguments], script: str) -> Arguments:

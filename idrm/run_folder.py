@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +66,48 @@ def write_run_file(config: TrainingRun) -> None:
     write_whole(config.output_dir / RUN_FILE, yaml.safe_dump(config.recorded, sort_keys=True, allow_unicode=True))
 
 
+def read_run_file(path: Path, config: TrainingRun) -> dict[str, Any]:
+    """What a run.yaml says, for a comparison with `config.recorded`.
+
+    One that an earlier version wrote lacks the arguments that came later, which stand at their defaults then.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return {**config.own_defaults(), **content}
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file through a temporary name, so that it is whole or not there; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_all_whole(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Writes files that belong together, all of them whole before the first one gets its name; makes the folder.
+
+    Raises InputError where it cannot.
+    """
+    temporary = {name: folder / f".{name}-{os.getpid()}" for name in contents}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            temporary[name].write_bytes(content)
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    except OSError as error:
+        raise InputError(f"output_dir {folder}: {error.strerror} while writing {error.filename}") from error
+    finally:
+        for path in temporary.values():
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return [folder / name for name in contents]
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -91,11 +130,31 @@ def require_writable(flag: str, folder: Path) -> None:
         raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror})") from error
 
 
-def _require_same_run(path: Path, config: TrainingRun) -> None:
+@contextlib.contextmanager
+def sole_use(flag: str, folder: Path) -> Iterator[int]:
+    """Holds a folder, which is made, against other commands that would hold it.
+
+    Yields a file descriptor: the folder is held until this process, and every one that has inherited it, has ended.
+
+    Raises:
+        InputError: another command holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        before: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{flag} {folder}: another command is at work there, or a run that it started") from error
+        except OSError as error:
+            logger.warning("%s %s: cannot be locked (%s).", flag, folder, error.strerror)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _require_same_run(path: Path, config: TrainingRun) -> None:
+    before = read_run_file(path, config)
     kept = config.kept_on_resume
     for name in kept:
         moved = name in config.free_to_move and None not in (before.get(name), config.recorded.get(name))

@@ -21,7 +21,7 @@ if __package__ in (None, ""):
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from idrm.alignment import PairEncoder, encode_preferences
+from idrm.alignment import PairEncoder, encode_preferences, exchange_teacher_texts
 from idrm.arguments import (
     RewardTrainingArguments,
     RunConfiguration,
@@ -31,6 +31,7 @@ from idrm.arguments import (
 )
 from idrm.capture import Teacher, resolve_layers
 from idrm.capture.teacher import DEFAULT_TEACHER_MAX_LENGTH
+from idrm.capture.uniform import UniformTeacher
 from idrm.collator import PairCollator
 from idrm.command_line import length_within, refused_arguments
 from idrm.errors import InputError
@@ -93,6 +94,8 @@ def train(config: RunConfiguration) -> None:
     if cache is not None:
         cached_teacher = CachedTeacher(teacher, cache)
         interaction = InteractionLoss(cached_teacher, student_layers, config.interaction)
+    elif config.data.teacher_control == "uniform":
+        interaction = InteractionLoss(UniformTeacher(teacher), student_layers, config.interaction)
     elif teacher is not None:
         interaction = InteractionLoss(teacher.to(args.device), student_layers, config.interaction)
 
@@ -222,6 +225,8 @@ def _encoded_pairs(
         logger.info(report.summary())
         pairs, alignment = encode_preferences(pairs, encoder, num_proc=config.data.dataset_num_proc)
         logger.info(alignment.summary())
+        if config.data.teacher_control == "other_pair":
+            pairs = exchange_teacher_texts(pairs)
     # What --train_sampling_strategy group_by_length groups by.
     sequences = zip(pairs["chosen_input_ids"], pairs["rejected_input_ids"], strict=True)
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in sequences]

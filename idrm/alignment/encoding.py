@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from idrm.alignment.cutting import cut_each, cut_together, lengths_within, remaining_tokens, shared_cuts
-from idrm.alignment.rendering import ChatRenderer, Message, TemplateRefusal, Text, canonical_text, plain_text
+from idrm.alignment.rendering import ChatRenderer, Message, Span, TemplateRefusal, Text, canonical_text, plain_text
 from idrm.alignment.tokenization import JointTemplate, Tokens, tokenize
 from idrm.alignment.units import NO_UNIT, Units, find_units
 from idrm.alignment.windows import divide_into_windows
@@ -77,6 +77,23 @@ class _TeacherInput:
 
     def place(self, segment: int, token: int) -> int:
         return self.places[segment][token - self.lost_tokens[segment]]
+
+
+@dataclass(frozen=True)
+class StudentContents:
+    """What the student reads of one segment, and which of its tokens are the messages' contents.
+
+    Attributes:
+        ids: the input, cut to fit.
+        positions: of the content tokens that are left, ascending. A token of white space alone is none.
+        spans: what each of them covers, in characters of the contents without white space.
+        prompt_tokens: how many of them, the first ones, belong to the prompt.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    spans: list[Span]
+    prompt_tokens: int
 
 
 class PairEncoder:
@@ -201,8 +218,26 @@ class PairEncoder:
         if not unaligned:
             encoded |= _correspondence(division, student_input, teacher_input) | _statistics(units, student, teacher)
             encoded["teacher_tokens"] = sum(map(len, encoded["teacher_places"]))
-            encoded["teacher_reading"] = _digest_of_reading(encoded)
+            encoded["teacher_reading"] = digest_of_reading(encoded)
         return encoded
+
+    def response_tokens(self, messages: Sequence[Message], conversational: bool) -> int | None:
+        """How many tokens of a student's sequence, the last ones, are its response and what the template ends it with.
+
+        Before any cutting, which takes the response last. None where the template altered a content.
+
+        Raises TemplateRefusal with the chat template's own words.
+        """
+        text = self._render(messages, conversational)
+        if text.contents is None:
+            return None
+        length = len(self._tokenize_for_student([text])[0].ids)
+        start = text.contents[-1][0]
+        # In characters: white space at the beginning of a response has no coordinates.
+        offsets = self.student_tokenizer(
+            text.text, add_special_tokens=self._chat is None, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        return length - next((index for index, (_, end) in enumerate(offsets) if end > start), len(offsets))
 
     @property
     def fingerprint(self) -> str:
@@ -220,6 +255,37 @@ class PairEncoder:
         for module in sorted([*package.glob("*.py"), *reading]):
             digest.update(module.read_bytes())
         return digest.hexdigest()
+
+    def student_contents(self, record: Mapping[str, Any]) -> list[StudentContents]:
+        """The student's inputs of a pair, as without a teacher, and their content tokens; [chosen, rejected].
+
+        Both are without content tokens if the chat template altered a content.
+
+        Raises TemplateRefusal with the chat template's own words.
+        """
+        segments = (record["chosen"], record["rejected"])
+        rendered = [self._render(messages, record["conversational"]) for messages in segments]
+        student = self._tokenize_for_student(rendered)
+        if any(text.contents is None for text in rendered):
+            cut = self._cut_student(student, _divide_unaligned(student))
+            return [StudentContents(ids, [], [], 0) for ids in cut.ids]
+        units = [find_units(tokens.spans, tokens.spans) for tokens in student]
+        prompt_ends = [_length_without_spaces(messages[:-1]) for messages in segments]
+        division = _Division.of(units, prompt_ends, segments[0][:-1] == segments[1][:-1])
+        cut = self._cut_student(student, division)
+        contents = []
+        for segment, (tokens, prompt_units) in enumerate(zip(student, division.prompt_units, strict=True)):
+            unit_of_token = units[segment].student
+            kept = [token for token, unit in enumerate(unit_of_token) if unit >= cut.lost_units[segment]]
+            contents.append(
+                StudentContents(
+                    ids=cut.ids[segment],
+                    positions=[cut.position(segment, token) for token in kept],
+                    spans=[tokens.spans[token] for token in kept],
+                    prompt_tokens=sum(unit_of_token[token] < prompt_units for token in kept),
+                )
+            )
+        return contents
 
     def _render(self, messages: Sequence[Message], conversational: bool) -> Text:
         return plain_text(messages, conversational) if self._chat is None else self._chat(messages)
@@ -331,8 +397,8 @@ def _correspondence(division: _Division, student: _StudentInput, teacher: _Teach
     return columns
 
 
-def _digest_of_reading(encoded: Mapping[str, Any]) -> str:
-    """Of an encoded pair, "" if it has no units."""
+def digest_of_reading(encoded: Mapping[str, Any]) -> str:
+    """The column teacher_reading of an encoded pair (`PairEncoder`), "" if it has no units."""
     if not sum(encoded["num_units"]):
         return ""
     digest = blake2b(digest_size=16)

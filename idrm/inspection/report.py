@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from idrm.errors import InputError
 from idrm.inspection.findings import Inspection
 from idrm.inspection.measures import BlockMeasures
 from idrm.inspection.verdict import verdict
+from idrm.run_folder import write_all_whole
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "check.json", "check.md", "check.png"
 
@@ -108,7 +106,7 @@ def markdown(inspection: Inspection) -> str:
 
 
 def write_files(folder: Path, inspection: Inspection, picture: bytes) -> list[Path]:
-    """Writes the three files, all of them whole before the first one gets its name; InputError where it cannot."""
+    """Writes the three files by `write_all_whole`; InputError where it cannot."""
     contents: Mapping[str, bytes] = {
         JSON_FILE: json.dumps(
             {"verdict": verdict(inspection), **inspection.as_dict()}, indent=2, ensure_ascii=False, allow_nan=False
@@ -116,20 +114,7 @@ def write_files(folder: Path, inspection: Inspection, picture: bytes) -> list[Pa
         MARKDOWN_FILE: markdown(inspection).encode(),
         PICTURE_FILE: picture,
     }
-    temporary = {name: folder / f".{name}-{os.getpid()}" for name in contents}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            temporary[name].write_bytes(content)
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    except OSError as error:
-        raise InputError(f"output_dir {folder}: {error.strerror} while writing {error.filename}") from error
-    finally:
-        for path in temporary.values():
-            with contextlib.suppress(OSError):
-                path.unlink()
-    return [folder / name for name in contents]
+    return write_all_whole(folder, contents)
 
 
 def _legend(inspection: Inspection) -> list[str]:

@@ -36,16 +36,18 @@ class PreferenceReport:
 
 
 def load_preferences(
-    source: str, *, split: str = "train", cache_dir: str | os.PathLike | None = None
+    source: str, *, split: str = "train", cache_dir: str | os.PathLike | None = None, keep_all: bool = False
 ) -> tuple[Dataset, PreferenceReport]:
     """Load preference pairs and convert each of them to messages (`formats.convert_record`).
 
     Args:
         source, split, cache_dir: as `idrm.sources.load_records` has them.
+        keep_all: also what nothing can be learnt from, and a model can be tested on.
 
     Returns:
         (dataset, report): the dataset has the columns chosen and rejected (lists of {"role", "content"}),
-        conversational (bool) and margin (float or None), without the pairs that `formats.drop_reason` names.
+        conversational (bool) and margin (float or None), without the pairs that `formats.drop_reason` names unless
+        all are kept.
 
     Raises:
         InputError: the source does not exist or is empty, JSON is malformed (named by file and line), a record lacks
@@ -55,7 +57,11 @@ def load_preferences(
 
     def convert(record: dict) -> tuple[dict, str]:
         pair = convert_record(record)
-        return pair, drop_reason(pair) or ""
+        if not keep_all:
+            return pair, drop_reason(pair) or ""
+        if not pair["chosen"] or not pair["rejected"]:
+            raise InputError("expected messages on both sides, found none")
+        return pair, ""
 
     pairs, dropped = convert_records(records, source, convert, _FEATURES)
     report = PreferenceReport(source, read=len(records), kept=len(pairs), dropped=dropped)

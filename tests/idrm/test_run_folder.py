@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import yaml
 
 from idrm.arguments import parse_arguments
 from idrm.errors import InputError
@@ -45,6 +46,17 @@ def test_a_cache_may_move_but_neither_come_nor_go(tmp_path):
         else:
             with pytest.raises(InputError, match="holds another run, with teacher_cache"):
                 resume_checkpoint(config)
+
+
+def test_a_run_file_of_an_earlier_version_lacks_what_came_later(tmp_path):
+    flags = ["--model_name_or_path", "m", "--alpha", "0", "--dataset_name", "pairs.jsonl"]
+    flags += ["--output_dir", str(tmp_path), "--resume_from_checkpoint"]
+    config = parse_arguments(flags)
+    recorded = {name: value for name, value in config.recorded.items() if name != "linear_probing"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recorded))
+    assert resume_checkpoint(config) is None
+    with pytest.raises(InputError, match="holds another run, with linear_probing False and not True"):
+        resume_checkpoint(parse_arguments([*flags, "--linear_probing", "true"]))
 
 
 def test_the_seed_that_chose_the_pairs_held_out_may_not_change(tmp_path, caplog):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from idrm.alignment import PairEncoder, encode_preferences
-from idrm.alignment.encoding import _digest_of_reading
+from idrm.alignment.encoding import digest_of_reading
 from idrm.errors import InputError
 from idrm.preference import convert_record
 
@@ -253,11 +253,11 @@ def test_a_segment_read_second_is_found_there(encoder_of):
 )
 def test_the_digest_of_a_reading_follows_each_part(name, encoder_of):
     encoded = encoder_of()(LONG)
-    assert _digest_of_reading(encoded) == encoded["teacher_reading"]
+    assert digest_of_reading(encoded) == encoded["teacher_reading"]
     values = encoded[name]
     per_segment = isinstance(values[0], list)
     changed = [[*values[0][:-1], values[0][-1] + 1], values[1]] if per_segment else [values[0] + 1, *values[1:]]
-    assert _digest_of_reading({**encoded, name: changed}) != encoded["teacher_reading"]
+    assert digest_of_reading({**encoded, name: changed}) != encoded["teacher_reading"]
 
 
 @pytest.mark.parametrize("order", ["chosen_first", "random"])

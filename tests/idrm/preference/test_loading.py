@@ -60,6 +60,8 @@ def test_every_source_gives_the_same_pairs_and_counts(kind, tmp_path):
     assert (report.read, report.kept) == (4, 2)
     assert report.dropped == {"empty_response": 1, "identical_responses": 1}
     assert report.summary() == (f"{source}: 4 pairs read, 2 kept; dropped: 1 empty_response, 1 identical_responses")
+    everything, report = load_preferences(source, keep_all=True)
+    assert (len(everything), report.kept, report.dropped) == (4, 4, {})
 
 
 def test_a_slice_of_a_file(tmp_path):
