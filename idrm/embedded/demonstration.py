@@ -8,11 +8,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
-
-from safetensors.torch import load_file, save_file
+from typing import Any
 
 from idrm.arguments import RunConfiguration
-from idrm.embedded import student
 from idrm.embedded.generator import Sizes, read_data, write_data
 from idrm.embedded.report import print_report
 from idrm.embedded.stages import (
@@ -27,11 +25,11 @@ from idrm.embedded.stages import (
     write_atomically,
 )
 from idrm.errors import InputError
+from idrm.untrained_student import Size, save_untrained
 
 logger = logging.getLogger(__name__)
 
 DEMONSTRATION_FILE = "demonstration.json"
-UNIFORM_TEACHER = "uniform_teacher"
 # Given anew with each launch: none of them changes what comes out.
 _FREE_TO_CHANGE = ("config", "local_rank", "output_dir", "resume_from_checkpoint", "disable_tqdm")
 
@@ -76,22 +74,21 @@ def _run_seed(run_folder: Path, seed: int, config: RunConfiguration) -> None:
         # In whatever stage comes next, the other ranks' processes wait for this rank's before they read files.
         _prepare(run_folder, seed)
 
-    def student_stage(number: int, name: str, title: str, teacher: str | None) -> Stage:
-        def command() -> list[str]:
-            if teacher == UNIFORM_TEACHER and is_first_rank():
-                save_uniform_teacher(run_folder / "teacher", run_folder / UNIFORM_TEACHER)
-            return student_command(run_folder, name, seed, config.given, teacher and run_folder / teacher)
-
-        return Stage(name, f"seed {seed}, stage {number} of {count}: {title}", command)
+    def student_stage(number: int, name: str, title: str, **flags: Any) -> Stage:
+        return Stage(
+            name,
+            f"seed {seed}, stage {number} of {count}: {title}",
+            lambda: student_command(run_folder, name, seed, config.given, flags),
+        )
 
     count = 4 if config.embedded.embedded_control else 3
     stages = [
         Stage("teacher", f"seed {seed}, stage 1 of {count}: teacher, NLI", lambda: teacher_command(run_folder, seed)),
-        student_stage(2, "bt", "student, Bradley-Terry alone", None),
-        student_stage(3, "idrm", "student, interaction distillation", "teacher"),
+        student_stage(2, "bt", "student, Bradley-Terry alone", alpha=0),
+        student_stage(3, "idrm", "student, interaction distillation"),
     ]
     if config.embedded.embedded_control:
-        stages.append(student_stage(4, "control", "student, control with uniform maps", UNIFORM_TEACHER))
+        stages.append(student_stage(4, "control", "student, control with uniform maps", teacher_control="uniform"))
     run_stages(run_folder, stages)
 
 
@@ -107,22 +104,7 @@ def _prepare(run_folder: Path, seed: int) -> None:
         os.replace(unfinished, data)
     if not (run_folder / "student").exists():
         texts = [text for pair in read_data(data / "train.jsonl") for text in pair.values()]
-        student.save_untrained(run_folder / "student", texts, seed, student.Size())
-
-
-def save_uniform_teacher(source: Path, target: Path) -> None:
-    """Copies a BERT teacher with its query projections at zero: every map of it is uniform, all else is the same."""
-    if target.exists():
-        return
-    unfinished = target.with_name(f".{target.name}-unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished)
-    weights = load_file(unfinished / "model.safetensors")
-    for name, weight in weights.items():
-        if ".attention.self.query." in name:
-            weight.zero_()
-    save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-    os.replace(unfinished, target)
+        save_untrained(run_folder / "student", texts, seed, Size())
 
 
 def _claim(folder: Path, config: RunConfiguration) -> None:

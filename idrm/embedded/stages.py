@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from idrm.arguments import InteractionArguments
+from idrm.command_line import flag_tokens
 from idrm.embedded.generator import CUE_SHARE_OF_SPLIT
 from idrm.errors import InputError
 
@@ -72,10 +73,13 @@ def recipe() -> dict[str, Any]:
         raise InputError(f"{RECIPE}: cannot be read; the demonstration needs a checkout of the project") from error
 
 
-def student_command(run_folder: Path, name: str, seed: int, given: dict[str, Any], teacher: Path | None) -> list[str]:
-    """The ordinary training command of one student, Bradley-Terry alone where `teacher` is None.
+def student_command(
+    run_folder: Path, name: str, seed: int, given: dict[str, Any], stage_flags: dict[str, Any]
+) -> list[str]:
+    """The ordinary training command of one student.
 
-    `given` are the user's own arguments, which go before the demonstration's.
+    `given` are the user's own arguments, which go before the demonstration's; `stage_flags` are what makes the stage,
+    and go before the user's: alpha 0 for Bradley-Terry alone.
     """
     output_dir = run_folder / name
     files = {split: run_folder / "data" / f"{split}.jsonl" for split in EVALUATED_SPLITS}
@@ -83,14 +87,16 @@ def student_command(run_folder: Path, name: str, seed: int, given: dict[str, Any
     flags = recipe()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     flags["per_device_train_batch_size"] = max(1, flags["per_device_train_batch_size"] // world_size)
-    left_out = _INTERACTION_FLAGS if teacher is None else _LAYER_FLAGS if given.keys() & _LAYER_FLAGS else frozenset()
+    distils = stage_flags.get("alpha") != 0
+    left_out = (
+        _LAYER_FLAGS if distils and given.keys() & _LAYER_FLAGS else frozenset() if distils else _INTERACTION_FLAGS
+    )
     flags = {flag: value for flag, value in flags.items() if flag not in left_out}
-    if teacher is not None:
-        flags["teacher_name_or_path"] = teacher
+    if distils:
+        flags["teacher_name_or_path"] = run_folder / "teacher"
     flags |= {flag: value for flag, value in given.items() if flag not in _NOT_PASSED_ON}
-    if teacher is None:
-        flags["alpha"] = 0
     flags |= {
+        **stage_flags,
         "model_name_or_path": run_folder / "student",
         "dataset_name": run_folder / "data" / "train.jsonl",
         "eval_dataset_name": [f"{split}={path}" for split, path in files.items()],
@@ -99,7 +105,7 @@ def student_command(run_folder: Path, name: str, seed: int, given: dict[str, Any
     }
     if (output_dir / "run.yaml").exists():
         flags["resume_from_checkpoint"] = "true"
-    return [sys.executable, str(REPOSITORY / "idrm" / "train.py"), *_as_tokens(flags)]
+    return [sys.executable, str(REPOSITORY / "idrm" / "train.py"), *flag_tokens(flags)]
 
 
 def run_stages(run_folder: Path, stages: list[Stage]) -> dict[str, float]:
@@ -161,13 +167,3 @@ def _environment(stage_index: int) -> dict[str, str]:
         environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     return environment
-
-
-def _as_tokens(flags: dict[str, Any]) -> list[str]:
-    tokens = []
-    for flag, value in flags.items():
-        if isinstance(value, (list, tuple)):
-            tokens += [f"--{flag}", *map(str, value)]
-        else:
-            tokens.append(f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}")
-    return tokens

@@ -68,8 +68,8 @@ def parsed(command: list[str]):
 
 
 def test_the_students_commands_are_ordinary_ones_that_differ_in_the_teacher_alone(tmp_path):
-    alone = parsed(student_command(tmp_path, "bt", 7, {}, None))
-    taught = parsed(student_command(tmp_path, "idrm", 7, {}, tmp_path / "teacher"))
+    alone = parsed(student_command(tmp_path, "bt", 7, {}, {"alpha": 0}))
+    taught = parsed(student_command(tmp_path, "idrm", 7, {}, {}))
     assert not alone.is_embedded
     assert alone.interaction.alpha == 0
     assert taught.interaction.alpha == 1
@@ -85,7 +85,7 @@ def test_flags_of_the_user_win_over_the_demonstrations_own(tmp_path):
     flags = "--num_train_epochs 1 --learning_rate 1e-5 --use_cpu true --seed 3"
     flags += " --alpha 0.5 --top_blocks 1 --interaction_rows all"
     given = parse_arguments([*flags.split(), "--output_dir", str(tmp_path), "--embedded_control"]).given
-    taught = parsed(student_command(tmp_path, "idrm", 3, given, tmp_path / "teacher"))
+    taught = parsed(student_command(tmp_path, "idrm", 3, given, {}))
     assert taught.training["num_train_epochs"] == 1
     assert taught.training["learning_rate"] == 1e-5
     assert taught.training["use_cpu"] is True
@@ -94,17 +94,17 @@ def test_flags_of_the_user_win_over_the_demonstrations_own(tmp_path):
     assert taught.interaction.top_blocks == 1
     assert taught.interaction.interaction_rows == "all"
     assert taught.interaction.student_layers is None
-    assert parsed(student_command(tmp_path, "bt", 3, given, None)).interaction.alpha == 0
+    assert parsed(student_command(tmp_path, "bt", 3, given, {"alpha": 0})).interaction.alpha == 0
 
 
 def test_ranks_share_a_batch(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    command = parsed(student_command(tmp_path, "bt", 0, {}, None))
+    command = parsed(student_command(tmp_path, "bt", 0, {}, {"alpha": 0}))
     assert command.training["per_device_train_batch_size"] == recipe()["per_device_train_batch_size"] // 4
 
 
 def test_an_interrupted_student_goes_on_from_its_checkpoint(tmp_path):
     (tmp_path / "bt").mkdir()
-    assert parsed(student_command(tmp_path, "bt", 0, {}, None)).training["resume_from_checkpoint"] is None
+    assert parsed(student_command(tmp_path, "bt", 0, {}, {"alpha": 0})).training["resume_from_checkpoint"] is None
     (tmp_path / "bt" / "run.yaml").write_text("alpha: 0\n")
-    assert parsed(student_command(tmp_path, "bt", 0, {}, None)).training["resume_from_checkpoint"] == "true"
+    assert parsed(student_command(tmp_path, "bt", 0, {}, {"alpha": 0})).training["resume_from_checkpoint"] == "true"

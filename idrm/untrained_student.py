@@ -1,4 +1,4 @@
-"""The demonstration's untrained student: a tiny Llama with a byte-level BPE of its own, saved for from_pretrained."""
+"""An untrained student: a tiny Llama with a byte-level BPE of its own, saved for from_pretrained."""
 
 from __future__ import annotations
 
