@@ -1,0 +1,188 @@
+"""Reward models, ours and others': any sequence classifier of one label, scored right whatever its pad token is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from idrm.alignment.rendering import Message
+from idrm.errors import InputError, refusals
+from idrm.evaluation.batching import DEFAULT_BATCH_SIZE, score_in_batches
+from idrm.evaluation.reading import MessageReader, load_config, load_tokenizer, readable_length, torch_dtype_of
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A loaded reward model, in evaluation mode.
+
+    Attributes:
+        model: the classifier, of one label.
+        tokenizer: its fast tokenizer.
+        max_length: most tokens of a sequence.
+        reader: from messages to ids.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    reader: MessageReader
+
+    def encode(self, messages: Sequence[Message], conversational: bool) -> list[int]:
+        """The ids of messages, cut to `max_length`; TemplateRefusal where the chat template refuses them.
+
+        Args:
+            messages: {"role", "content"}; the last one is the response.
+            conversational: False for bare strings, which a model without a chat template reads without role headers.
+        """
+        return self.reader.one(messages, conversational)
+
+    def encode_pair(
+        self, chosen: Sequence[Message], rejected: Sequence[Message], conversational: bool
+    ) -> tuple[list[int], list[int]]:
+        """The ids of both sequences of a pair, exactly as training feeds them, a shared prompt cut alike."""
+        return self.reader.pair(chosen, rejected, conversational)
+
+    def rewards(
+        self,
+        sequences: Sequence[Sequence[int]],
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        *,
+        tokens_per_batch: int | None = None,
+        description: str = "Scoring",
+        show_progress: bool = True,
+    ) -> list[float]:
+        """The reward of every sequence of ids, order kept; up to rounding they do not depend on the batches.
+
+        Args:
+            sequences: as `encode` gives them.
+            batch_size, tokens_per_batch, description: as `idrm.evaluation.batching` has them.
+
+        Raises:
+            InputError: a reward that is not finite.
+        """
+        return score_in_batches(
+            [tuple(ids) for ids in sequences],
+            self._score,
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            description=description,
+            show_progress=show_progress,
+        )
+
+    @torch.inference_mode()
+    def _score(self, batch: list[tuple[int, ...]]) -> Tensor:
+        pad = padding_id(self.model, batch)
+        input_ids, attention_mask = padded_right(batch, pad, self.model.device)
+        with pads_with(self.model.config, pad):
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        rewards = logits.reshape(len(batch), -1)[:, 0]
+        if not rewards.isfinite().all():
+            raise InputError(f"{self.model.name_or_path}: its rewards are not finite (in {rewards.dtype})")
+        return rewards.double().cpu()
+
+
+def require_reward_model(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a reward model; nothing of its weights is loaded.
+
+    Raises:
+        InputError: nothing loadable there, a language model, or a classifier of several labels.
+    """
+    config = load_config(name_or_path, trust_remote_code)
+    architectures = ", ".join(config.architectures or ())
+    if "LMHead" in architectures or "CausalLM" in architectures:
+        raise InputError(
+            f"{name_or_path}: is a language model ({architectures}); expected a sequence classifier of one label, or "
+            "for a DPO policy --implicit_reward and its reference"
+        )
+    if config.num_labels != 1:
+        raise InputError(f"{name_or_path}: is a classifier of {config.num_labels} labels; a reward model has one")
+    return config
+
+
+def load_reward_model(
+    name_or_path: str,
+    *,
+    dtype: str = "float32",
+    device: torch.device | str,
+    max_length: int | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> RewardModel:
+    """Loads a sequence classifier of one label from a folder or the hub, from safetensors only.
+
+    Args:
+        dtype: "float32", "bfloat16", "float16", "float64" or "auto", as saved.
+        device: where it goes.
+        max_length: most tokens of a sequence; None for 2,048, or the model's limit where that is lower.
+        attn_implementation: None leaves the choice to transformers.
+
+    Raises:
+        InputError: as `require_reward_model`; weights that cannot be loaded or that the checkpoint lacks, such as a
+            reward head's; a slow tokenizer; more tokens asked for than the model reads.
+    """
+    config = require_reward_model(name_or_path, trust_remote_code=trust_remote_code)
+    length = readable_length(config, max_length)
+    tokenizer = load_tokenizer(name_or_path, trust_remote_code)
+    reader = MessageReader(tokenizer, length)
+    with refusals(name_or_path):
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=torch_dtype_of(dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{name_or_path}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, among them "
+            f"{missing[0]}: no reward model was saved there"
+        )
+    return RewardModel(model.to(device).eval(), tokenizer, length, reader)
+
+
+def padding_id(model: PreTrainedModel, batch: Sequence[Sequence[int]]) -> int:
+    """An id to pad with on the right so that the last token that is not it is each sequence's own last one.
+
+    That is the token which transformers pools. It is the model's own pad token wherever that one ends no sequence; with
+    a pad token that is also EOS, transformers would pool the token before the last.
+    """
+    ends = {sequence[-1] for sequence in batch}
+    own = model.config.get_text_config().pad_token_id
+    if own is not None and 0 <= own < model.get_input_embeddings().num_embeddings and own not in ends:
+        return own
+    return next(candidate for candidate in range(len(ends) + 1) if candidate not in ends)
+
+
+def padded_right(batch: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), both (sequences, longest) int64."""
+    longest = max(len(ids) for ids in batch)
+    input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in batch], device=device)
+    lengths = torch.tensor([len(ids) for ids in batch], device=device)
+    return input_ids, (torch.arange(longest, device=device) < lengths[:, None]).long()
+
+
+@contextlib.contextmanager
+def pads_with(config: PreTrainedConfig, pad: int) -> Iterator[None]:
+    """Makes transformers take this id for padding as it looks for the last token."""
+    configs = [config, config.get_text_config()]
+    before = [part.pad_token_id for part in configs]
+    try:
+        for part in configs:
+            part.pad_token_id = pad
+        yield
+    finally:
+        for part, own in zip(configs, before, strict=True):
+            part.pad_token_id = own
