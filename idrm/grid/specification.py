@@ -1,0 +1,166 @@
+"""The file that describes a grid: rows of a table, each a training configuration with several seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from idrm.errors import InputError
+from idrm.grid.runs import Run
+
+# What a grid gives every run itself.
+_ITS_OWN = ("seed", "output_dir")
+_KEYS = ("title", "benchmarks", "seeds", "training", "baseline", "rows")
+_ROW_KEYS = ("name", "config", "overrides", "seeds", "paper")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        name: as the table has it; its folder is `slug`.
+        flags: of `idrm train`, what the grid says of all rows included; `config` names a YAML file with more.
+        seeds: a run for each.
+        paper: what the paper printed of this row, by column of the table.
+    """
+
+    name: str
+    flags: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^\w.]+", "-", self.name.lower()).strip("-")
+
+    def run(self, folder: Path, seed: int, flags: Mapping[str, Any] | None = None) -> Run:
+        """The run of a seed, in a folder of its own below `folder`; `flags` win over the row's own."""
+        return Run(self.name, seed, folder / self.slug / f"seed_{seed}", {**self.flags, **(flags or {})})
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a grid file says.
+
+    Attributes:
+        title: of the table.
+        rows: at least one; their names and slugs differ.
+        baseline: the row that the others are compared with; None for no comparison.
+        benchmarks: what the models are evaluated on, as `idrm eval --benchmark` takes them, by name.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    baseline: str | None
+    benchmarks: Mapping[str, str]
+
+
+def read_grid(path: Path, seeds: Sequence[int] | None = None) -> Grid:
+    """Reads a grid file; `seeds` are those of every row, instead of the file's.
+
+    ::
+
+        title: ...
+        benchmarks: {name: source}          # idrm eval --benchmark name=source
+        seeds: [0, 1, 2]
+        training: {flag: value}             # of idrm train, for all rows
+        baseline: name of a row
+        rows:
+          - name: ...
+            config: run.yaml                # of idrm train, beside the grid file
+            overrides: {flag: value}        # go before config and training; null takes one of those back
+            seeds: [0, 1]                   # of this row, instead of the grid's
+            paper: {column: number}         # what the paper printed, shown beside
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key, or a value of another kind than expected.
+    """
+    grid = grid_of(read_yaml(path), str(path), path.parent)
+    if seeds is None:
+        return grid
+    seeds = _seeds(list(seeds), "--seeds")
+    return dataclasses.replace(grid, rows=tuple(dataclasses.replace(row, seeds=seeds) for row in grid.rows))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; InputError where there is none, with the line that is not YAML."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"{path}{f':{mark.line + 1}' if mark else ''}: is not valid YAML") from error
+
+
+def grid_of(content: Any, where: str, folder: Path, more_keys: Sequence[str] = ()) -> Grid:
+    """A grid from a file's content (`read_grid`); `more_keys` are legal and for the caller."""
+    content = _mapping(content, where, (*_KEYS, *more_keys))
+    seeds = _seeds(content.get("seeds"), f"{where}: seeds")
+    training = _mapping(content.get("training") or {}, f"{where}: training")
+    require_free(training, f"{where}: training")
+    entries = content.get("rows")
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{where}: expected a list of rows, found {type(entries).__name__}")
+    rows = []
+    for number, entry in enumerate(entries, start=1):
+        here = f"{where}: row {number}"
+        entry = _mapping(entry, here, _ROW_KEYS)
+        if not isinstance(entry.get("name"), str) or not entry["name"]:
+            raise InputError(f"{here}: expected a name")
+        flags = dict(training)
+        if entry.get("config") is not None:
+            flags = {"config": folder / str(entry["config"]), **flags}
+        overrides = _mapping(entry.get("overrides") or {}, f"{here}: overrides")
+        require_free(overrides, f"{here}: overrides")
+        flags |= overrides
+        flags = {name: value for name, value in flags.items() if value is not None}
+        own_seeds = _seeds(entry.get("seeds"), f"{here}: seeds") or seeds
+        if not own_seeds:
+            raise InputError(f"{here}: expected seeds, here or for all rows")
+        paper = _mapping(entry.get("paper") or {}, f"{here}: paper")
+        for column, value in paper.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise InputError(f"{here}: paper: expected a number for {column!r}, found {value!r}")
+        rows.append(Row(entry["name"], flags, own_seeds, paper))
+    slugs = [row.slug for row in rows]
+    for row in rows:
+        if slugs.count(row.slug) > 1 or not row.slug:
+            raise InputError(f"{where}: expected rows with names of their own, found {row.name!r} again or empty")
+    baseline = content.get("baseline")
+    if baseline is not None and baseline not in [row.name for row in rows]:
+        raise InputError(f"{where}: baseline: expected the name of a row, found {baseline!r}")
+    benchmarks = _mapping(content.get("benchmarks") or {}, f"{where}: benchmarks")
+    return Grid(str(content.get("title") or where), tuple(rows), baseline, benchmarks)
+
+
+def require_free(flags: Mapping[str, Any], where: str) -> None:
+    """Raises InputError for flags of training that the grid itself gives every run."""
+    for name in _ITS_OWN:
+        if name in flags:
+            raise InputError(f"{where}: {name}: is the grid's to give; expected other flags of `idrm train`")
+
+
+def _mapping(value: Any, where: str, keys: Sequence[str] | None = None) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a mapping, found {type(value).__name__}")
+    unknown = [key for key in value if keys is not None and key not in keys]
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join(keys)}")
+    return value
+
+
+def _seeds(value: Any, where: str) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    are_integers = isinstance(value, list) and all(isinstance(seed, int) and seed >= 0 for seed in value)
+    if not are_integers or not value or len(set(value)) < len(value):
+        raise InputError(f"{where}: expected a list of different integers from 0, found {value!r}")
+    return tuple(value)

@@ -1,0 +1,1 @@
+"""A study by cross-validation: small reward models with and without the interaction loss, on pairs new to them."""
