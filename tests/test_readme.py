@@ -20,7 +20,10 @@ from idrm.arguments import (
     RewardTrainingArguments,
     parse_arguments,
 )
-from idrm.cli import USAGE
+from idrm.cli import COMMANDS, usage
+from idrm.evaluation.catalogue import benchmark_sources
+from idrm.evaluation.command import make_parser as evaluation_parser
+from idrm.evaluation.comparison_command import make_parser as comparison_parser
 from idrm.metrics import INTERACTION_METRICS, PREFERENCE_METRICS
 from idrm.nli import arguments as nli_arguments
 from idrm.nli import load_nli
@@ -141,14 +144,29 @@ def test_teacher_commands_parse(flags: list[str], monkeypatch: pytest.MonkeyPatc
     assert config.examination.check == ("--check" in flags)
 
 
+@pytest.mark.parametrize("flags", commands(r"idrm eval (.*)"), ids=lambda flags: " ".join(flags)[:60])
+def test_evaluation_commands_parse(flags: list[str]):
+    arguments = evaluation_parser().parse_args(flags)
+    assert arguments.models
+    assert benchmark_sources(arguments.benchmark)
+
+
+@pytest.mark.parametrize("flags", commands(r"idrm compare (.*)"), ids=lambda flags: " ".join(flags)[:60])
+def test_comparison_commands_parse(flags: list[str]):
+    assert comparison_parser().parse_args(flags).output_dir == "difference"
+
+
 def test_commands_are_found():
+    assert len(commands(r"idrm eval (.*)")) == 2
+    assert len(commands(r"idrm compare (.*)")) == 1
     assert len(training_commands()) >= 5
     assert len(teacher_commands()) >= 4
-    assert {"idrm train", "idrm teacher"} <= set(re.findall(r"idrm \w+", USAGE))
+    assert set(re.findall(r"idrm (\w+) \[", usage())) == COMMANDS.keys()
 
 
 def test_flags_exist():
     known = {*own_defaults(), *own_defaults(TEACHER_ARGUMENTS), "config"}
+    known |= {"benchmark", "implicit_reward"}  # of idrm eval, whose commands are parsed above
     for kind in (RewardTrainingArguments, nli_arguments.TeacherTrainingArguments):
         known |= {field.name for field in dataclasses.fields(kind)}
     mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
@@ -201,7 +219,10 @@ def test_figures_of_benchmarks_are_rows_of_the_results():
     assert [row for row in rows if row not in results.splitlines()] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/teachers.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page: str):
     """Links, and paths in backticks or at the start of a line of a picture, lead somewhere."""
     text = (REPOSITORY / page).read_text(encoding="utf-8")
