@@ -18,6 +18,20 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     triton.knobs.propagate_env = False
     triton.knobs.runtime.interpret = True
 
+    from triton.runtime import interpreter
+
+    _patch_language = interpreter._patch_lang
+
+    def _patch_language_once(function):
+        """The interpreter patches the whole language for every call between kernels, a third of its time."""
+        languages = [module for module in function.__globals__.values() if module in (triton.language, _core)]
+        if any(_core.is_builtin(module.load) for module in languages):
+            return _patch_language(function)
+        return interpreter._LangPatchScope()
+
+    _core = triton.language.core
+    interpreter._patch_lang = _patch_language_once
+
 # A deadline per example fails tests on a busy machine and says nothing of the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
