@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +23,12 @@ from idrm.command_line import (
 )
 from idrm.errors import InputError
 
+# "Llama 2: Open Foundation and Fine-Tuned Chat Models", arXiv 2307.09288, table 27.
+_STRENGTH_LABELS = ("significantly better", "better", "slightly better", "negligibly better", "unsure")
+LLAMA2_MARGINS = {
+    "llama2_small": dict(zip(_STRENGTH_LABELS, (1.0, 2 / 3, 1 / 3, 0.0, 0.0), strict=True)),
+    "llama2_large": dict(zip(_STRENGTH_LABELS, (3.0, 2.0, 1.0, 0.0, 0.0), strict=True)),
+}
 _NOT_RECORDED = ("embedded_seeds", "embedded_control")
 # transformers' arguments that would do nothing here, or leave evaluation without its metrics.
 _INAPPLICABLE = ("label_smoothing_factor", "prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches")
@@ -228,6 +235,70 @@ class InteractionArguments:
 
 
 @dataclass
+class ObjectiveArguments:
+    """The preference objective (docs/objectives.md): Bradley-Terry, and what it is combined with."""
+
+    margin_column: str = field(
+        default="margin",
+        metadata={
+            "help": "Column of the pairs that says by how much chosen is to be ahead: loss = -log sigmoid(chosen - "
+            "rejected - margin). `idrm margins` writes margin_mean. Named, the training pairs have to have it."
+        },
+    )
+    margin_labels: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Margins that words in --margin_column stand for, as label=number ...; or llama2_small or "
+            "llama2_large, Llama 2's for its four labels (1, 2/3, 1/3, 0, and 3, 2, 1, 0)."
+        },
+    )
+    flip_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training pairs whose labels are flipped, those lowest in --flip_column. 0.2 in the "
+            "source; with a --margin_column a flipped pair's margin changes its sign."
+        },
+    )
+    flip_column: str = field(
+        default="margin_mean",
+        metadata={
+            "help": "Column by which labels are flipped: the mean margin that `idrm margins` writes, or another."
+        },
+    )
+    preference_label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "How likely a label is taken to be wrong, below 0.5: the target is 1 - this."},
+    )
+    confidence_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, below 1, of the reward model's own judgement in the target (weak-to-strong's confidence "
+            "loss; 0.5 in the source). The order of every pair is drawn for it."
+        },
+    )
+    confidence_warmup: float = field(
+        default=0.2, metadata={"help": "Share of training over which --confidence_weight grows from 0."}
+    )
+    inform_latent_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "InfoRM: dimensions of a Gaussian bottleneck in the place of the reward head, 128 in the source; "
+            "the saved model has a plain head of the same rewards. Default: no bottleneck."
+        },
+    )
+    inform_beta: float = field(
+        default=0.1, metadata={"help": "InfoRM: weight of the KL divergence of both sequences' latents."}
+    )
+    inform_kl: Literal["paper", "official"] = field(
+        default="paper",
+        metadata={
+            "help": "InfoRM: the divergence summed over the latent's dimensions (paper), or their mean, as in the "
+            "authors' code (official)."
+        },
+    )
+
+
+@dataclass
 class EmbeddedArguments:
     """The embedded demonstration, which runs where neither a model nor data is named."""
 
@@ -295,17 +366,18 @@ class RunConfiguration(TrainingRun[RewardTrainingArguments]):
     """One run as its user described it, before anything was loaded.
 
     Attributes:
-        model, data, interaction: our own arguments, checked against one another.
+        model, data, interaction, objective: our own arguments, checked against one another.
         embedded: what only the embedded demonstration reads.
     """
 
     model: ModelArguments
     data: DataArguments
     interaction: InteractionArguments
+    objective: ObjectiveArguments
     embedded: EmbeddedArguments
 
     training_kind = RewardTrainingArguments
-    own_arguments = (ModelArguments, DataArguments, InteractionArguments)
+    own_arguments = (ModelArguments, DataArguments, InteractionArguments, ObjectiveArguments)
     free_to_change = (
         *("eval_dataset_name", "eval_dataset_split", "kernel_impl", "dataset_num_proc"),
         "teacher_cache_max_gb",
@@ -342,9 +414,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfiguration:
     """
     parser = _flag_parser()
     values, given = parser.values(argv)
-    model, data, interaction, embedded = (kind(**fields_of(kind, values)) for kind in _KINDS)
+    model, data, interaction, objective, embedded = (kind(**fields_of(kind, values)) for kind in _KINDS)
     defaults = parser.defaults()
     _check(model, data, interaction, values, defaults)
+    _check_objective(objective, values, defaults)
     _check_embedded(model, data, embedded, given)
     return RunConfiguration(
         training=fields_of(RewardTrainingArguments, values),
@@ -353,6 +426,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfiguration:
         model=model,
         data=data,
         interaction=interaction,
+        objective=objective,
         embedded=embedded,
     )
 
@@ -433,6 +507,66 @@ def _check(
             f"--eval_strategy {values['eval_strategy']} needs pairs to evaluate on: give --eval_dataset_name"
         )
     require_saving_deepspeed(values["deepspeed"])
+
+
+def _check_objective(objective: ObjectiveArguments, values: dict[str, Any], defaults: dict[str, Any]):
+    """Of the preference objective, what has a range, and what would do nothing as given."""
+    margins_of_labels(objective.margin_labels)
+    require_at_least(
+        values,
+        {
+            "flip_fraction": 0.0,
+            "preference_label_smoothing": 0.0,
+            "confidence_weight": 0.0,
+            "confidence_warmup": 0.0,
+            "inform_latent_size": 1,
+            "inform_beta": 0.0,
+        },
+    )
+    for flag, limit in (("preference_label_smoothing", 0.5), ("confidence_weight", 1.0)):
+        if values[flag] >= limit:
+            raise InputError(f"--{flag}: expected less than {limit:g}, got {values[flag]:g}")
+    for flag in ("flip_fraction", "confidence_warmup"):
+        if values[flag] > 1:
+            raise InputError(f"--{flag}: expected at most 1, got {values[flag]:g}")
+    for flag, needed in (
+        ("flip_column", "flip_fraction"),
+        ("confidence_warmup", "confidence_weight"),
+        ("inform_beta", "inform_latent_size"),
+        ("inform_kl", "inform_latent_size"),
+    ):
+        if values[flag] != defaults[flag] and not values[needed]:
+            raise InputError(f"--{flag} {values[flag]}: does nothing without --{needed}")
+    if objective.confidence_weight and values["per_device_train_batch_size"] == 1:
+        raise InputError(
+            f"--confidence_weight {objective.confidence_weight:g}: compares the pairs of a batch; give "
+            "--per_device_train_batch_size 2 or more"
+        )
+
+
+def margins_of_labels(labels: Sequence[str] | None) -> dict[str, float]:
+    """The entries of --margin_labels as {label in lower case: margin}.
+
+    Raises:
+        InputError: an entry that is no label=number, or a label that is given twice.
+    """
+    margins: dict[str, float] = {}
+    for entry in labels or ():
+        label, _, number = entry.rpartition("=")
+        if entry in LLAMA2_MARGINS:
+            given = LLAMA2_MARGINS[entry]
+        else:
+            try:
+                given = {label.strip().lower(): float(number)}
+            except ValueError:
+                given = {}
+            if not label.strip() or not all(map(math.isfinite, given.values())) or not given:
+                raise InputError(f"--margin_labels {entry}: expected label=number, {' or '.join(LLAMA2_MARGINS)}")
+        for name, margin in given.items():
+            if name in margins:
+                raise InputError(f"--margin_labels {entry}: {name!r} is given twice")
+            margins[name] = margin
+    return margins
 
 
 def _check_embedded(model: ModelArguments, data: DataArguments, embedded: EmbeddedArguments, given: dict[str, Any]):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from idrm.objectives.pair_order import ORDER_COLUMN
 from idrm.teacher_cache.cache import CachedAttention, TeacherCache
 from idrm_kernels import MapLayout
 
@@ -79,7 +80,8 @@ class PairCollator:
 
     Returns:
         ``input_ids`` and ``attention_mask`` (2B, N) int64, rows 0..B-1 chosen and B..2B-1 rejected; ``margin`` (B,)
-        float32 where a pair has one (0 for the others); ``interaction``, an InteractionInputs, with a teacher.
+        float32 where a pair has one (0 for the others); ``chosen_is_first`` (B,) bool where the pairs' order was drawn;
+        ``interaction``, an InteractionInputs, with a teacher.
     """
 
     def __init__(
@@ -101,6 +103,8 @@ class PairCollator:
         margins = [pair.get("margin") for pair in pairs]
         if any(margin is not None for margin in margins):
             batch["margin"] = torch.tensor([margin or 0.0 for margin in margins], dtype=torch.float32)
+        if ORDER_COLUMN in pairs[0]:
+            batch[ORDER_COLUMN] = torch.tensor([pair[ORDER_COLUMN] for pair in pairs])
         if self.teacher_tokenizer is not None:
             inputs = self._interaction(pairs, input_ids.shape[1])
             if self.cache is not None:

@@ -23,14 +23,16 @@ COLUMNS = (
     "inter_loss",
     "compared_loss",
     "uniform_loss",
+    "latent_kl",
     "length",
     "reward_squared",
     "length_squared",
     "reward_times_length",
 )
-# What evaluation reports; the second group only with an interaction loss.
+# What evaluation reports; the second group only with an interaction loss, the third only with a bottleneck.
 PREFERENCE_METRICS = ("loss", "preference_loss", "accuracy", "margin", "mean_reward", "reward_length_correlation")
 INTERACTION_METRICS = ("interaction_loss", "intra_loss", "inter_loss", "interaction_ratio")
+BOTTLENECK_METRICS = ("latent_kl",)
 
 
 def pair_rows(
@@ -40,6 +42,7 @@ def pair_rows(
     preference_loss: Tensor,
     interaction: MapLoss | None,
     uniform_loss: Tensor | None,
+    latent_kl: Tensor | None = None,
 ) -> Tensor:
     """(B, len(COLUMNS)) float64, one row a pair.
 
@@ -49,6 +52,7 @@ def pair_rows(
         loss, preference_loss: (B,), or scalars that are means over the B pairs, as all the following.
         interaction: losses before alpha; None for Bradley-Terry.
         uniform_loss: the interaction loss of a uniform map, where it was measured.
+        latent_kl: of both sequences' latents together; None without a bottleneck.
     """
     rewards, lengths = rewards.detach().double(), lengths.double()
     chosen, rejected = rewards
@@ -66,6 +70,7 @@ def pair_rows(
         "inter_loss": interaction.inter,
         "compared_loss": zero if uniform_loss is None else interaction.loss,
         "uniform_loss": zero if uniform_loss is None else uniform_loss,
+        "latent_kl": zero if latent_kl is None else latent_kl,
         "length": lengths.sum(0),
         "reward_squared": rewards.square().sum(0),
         "length_squared": lengths.square().sum(0),
@@ -74,7 +79,9 @@ def pair_rows(
     return torch.stack([columns[name].detach().double().expand(len(chosen)) for name in COLUMNS], dim=1)
 
 
-def metrics_from_sums(column_sums: Sequence[float], with_interaction: bool) -> dict[str, float]:
+def metrics_from_sums(
+    column_sums: Sequence[float], with_interaction: bool, with_bottleneck: bool = False
+) -> dict[str, float]:
     """What is reported, from the sums of the columns over any number of pairs: means over pairs.
 
     interaction_ratio is the interaction loss over that of a uniform map, on the pairs where both were measured; it is
@@ -87,6 +94,8 @@ def metrics_from_sums(column_sums: Sequence[float], with_interaction: bool) -> d
     reported = ["loss", "preference_loss", "accuracy"]
     if with_interaction:
         reported[2:2] = ["interaction_loss", "intra_loss", "inter_loss"]
+    if with_bottleneck:
+        reported += BOTTLENECK_METRICS
     metrics = {name: sums[name] / pairs for name in reported}
     if sums["uniform_loss"] > 0:
         metrics["interaction_ratio"] = sums["compared_loss"] / sums["uniform_loss"]

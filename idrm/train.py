@@ -25,6 +25,7 @@ from idrm.alignment import PairEncoder, encode_preferences, exchange_teacher_tex
 from idrm.arguments import (
     RewardTrainingArguments,
     RunConfiguration,
+    margins_of_labels,
     named_evaluation_sets,
     paired_layers,
     parse_arguments,
@@ -36,9 +37,10 @@ from idrm.collator import PairCollator
 from idrm.command_line import length_within, refused_arguments
 from idrm.errors import InputError
 from idrm.interaction import InteractionLoss, require_runnable_kernel
-from idrm.metrics import INTERACTION_METRICS, PREFERENCE_METRICS
+from idrm.metrics import BOTTLENECK_METRICS, INTERACTION_METRICS, PREFERENCE_METRICS
 from idrm.models import load_student, load_student_config, load_student_tokenizer, longest_input, torch_dtype
-from idrm.preference import load_preferences
+from idrm.objectives import PreferenceLoss, attach_bottleneck, draw_pair_order, flip_labels
+from idrm.preference import PairColumns, load_preferences
 from idrm.processes import command, prepare_training, require_trainable_setup
 from idrm.run_folder import resume_checkpoint, write_run_file
 from idrm.teacher_cache import CachedTeacher, ReleaseTeacher, TeacherCache, prepare_cache_folder
@@ -81,14 +83,17 @@ def train(config: RunConfiguration) -> None:
         _require_whole_head_groups(config, student_config.get_text_config().num_attention_heads, teacher.num_heads)
         require_runnable_kernel(config.interaction, args.device)
     eval_sources = named_evaluation_sets(config.data.eval_dataset_name)
-    _require_known_metric(args.metric_for_best_model, eval_sources, teacher is not None)
+    objective = config.objective
+    metrics = [
+        *PREFERENCE_METRICS,
+        *(INTERACTION_METRICS if teacher is not None else ()),
+        *(BOTTLENECK_METRICS if objective.inform_latent_size else ()),
+    ]
+    _require_known_metric(args.metric_for_best_model, eval_sources, metrics)
 
     encoder = _pair_encoder(config, args, tokenizer, teacher, longest_input(student_config))
-    train_set = _encoded_pairs(config, args, encoder, config.data.dataset_name, config.data.dataset_split)
-    eval_sets = {
-        name: _encoded_pairs(config, args, encoder, source, config.data.eval_dataset_split)
-        for name, source in eval_sources.items()
-    }
+    train_set = _encoded_pairs(config, args, encoder, config.data.dataset_name, trains=True)
+    eval_sets = {name: _encoded_pairs(config, args, encoder, source) for name, source in eval_sources.items()}
     cache = _open_cache(config, teacher, [train_set, *eval_sets.values()])
     interaction = None
     if cache is not None:
@@ -104,6 +109,8 @@ def train(config: RunConfiguration) -> None:
         raise InputError(f"--dataloader_drop_last: {len(train_set)} pairs make no batch of {batch}, and no step")
 
     student = load_student(config.model, student_config, tokenizer)
+    if objective.inform_latent_size:
+        attach_bottleneck(student, objective.inform_latent_size, objective.inform_kl)
     with refused_arguments():
         trainer = RewardTrainer(
             student,
@@ -114,6 +121,12 @@ def train(config: RunConfiguration) -> None:
             processing_class=tokenizer,
             interaction=interaction,
             alpha=config.interaction.alpha,
+            preference_loss=PreferenceLoss(
+                label_smoothing=objective.preference_label_smoothing,
+                confidence_weight=objective.confidence_weight,
+                confidence_warmup=objective.confidence_warmup,
+            ),
+            bottleneck_weight=objective.inform_beta,
         )
         require_trainable_setup(trainer)
     if cache is not None:
@@ -175,10 +188,9 @@ def _require_whole_head_groups(config: RunConfiguration, student_heads: int, tea
         )
 
 
-def _require_known_metric(metric: str | None, eval_sources: Iterable[str], with_interaction: bool) -> None:
+def _require_known_metric(metric: str | None, eval_sources: Iterable[str], names: Sequence[str]) -> None:
     """Refuses a --metric_for_best_model that evaluation would not find after the first hours."""
     prefixes = [f"eval_{name}_" if name else "eval_" for name in eval_sources]
-    names = PREFERENCE_METRICS + (INTERACTION_METRICS if with_interaction else ())
     known = [prefix + name for prefix in prefixes for name in names]
     if metric is not None and metric not in known and f"eval_{metric}" not in known:
         raise InputError(
@@ -217,16 +229,32 @@ def _pair_encoder(
 
 
 def _encoded_pairs(
-    config: RunConfiguration, args: RewardTrainingArguments, encoder: PairEncoder, source: str, split: str
+    config: RunConfiguration, args: RewardTrainingArguments, encoder: PairEncoder, source: str, *, trains: bool = False
 ) -> Dataset:
     """Loads and encodes one data set, each machine's first process before its others, which find it cached."""
+    objective = config.objective
+    flips = trains and objective.flip_fraction > 0
+    columns = PairColumns(
+        margin=objective.margin_column,
+        margin_labels=margins_of_labels(objective.margin_labels),
+        strength=objective.flip_column if flips else None,
+    )
     with args.main_process_first(desc=f"reading {source}"):
-        pairs, report = load_preferences(source, split=split)
+        split = config.data.dataset_split if trains else config.data.eval_dataset_split
+        pairs, report = load_preferences(source, split=split, columns=columns)
         logger.info(report.summary())
+        is_named = trains and objective.margin_column != PairColumns.margin
+        if is_named and all(margin is None for margin in pairs["margin"][:]):
+            raise InputError(f"--margin_column {objective.margin_column}: no pair of {source} has a value in it")
+        if flips:
+            pairs, flipped = flip_labels(pairs, objective.flip_fraction)
+            logger.info(flipped.summary())
         pairs, alignment = encode_preferences(pairs, encoder, num_proc=config.data.dataset_num_proc)
         logger.info(alignment.summary())
         if config.data.teacher_control == "other_pair":
             pairs = exchange_teacher_texts(pairs)
+    if trains and objective.confidence_weight > 0:
+        pairs = draw_pair_order(pairs, args.seed if args.data_seed is None else args.data_seed)
     # What --train_sampling_strategy group_by_length groups by.
     sequences = zip(pairs["chosen_input_ids"], pairs["rejected_input_ids"], strict=True)
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in sequences]

@@ -1,4 +1,4 @@
-"""transformers' Trainer for preference pairs: Bradley-Terry plus alpha times the interaction loss."""
+"""transformers' Trainer for preference pairs: a preference objective plus alpha times the interaction loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from idrm.arguments import RewardTrainingArguments
@@ -19,6 +18,9 @@ from idrm.checkpointing import CheckpointingTrainer
 from idrm.collator import PairCollator
 from idrm.interaction import InteractionLoss, TeacherAttention
 from idrm.metrics import COLUMNS, metrics_from_sums, pair_rows
+from idrm.objectives import GaussianBottleneck, PreferenceLoss
+from idrm.objectives.bottleneck import head_name, with_folded_head
+from idrm.objectives.pair_order import ORDER_COLUMN
 from idrm_kernels import PackedAttention
 
 
@@ -26,9 +28,9 @@ class RewardTrainer(CheckpointingTrainer):
     """Trains a sequence classifier with one label as a reward model.
 
     Training records and evaluations hold loss, preference_loss, accuracy, margin, mean_reward and
-    reward_length_correlation, and with an interaction loss interaction_loss, intra_loss, inter_loss (before alpha) and
-    interaction_ratio. Training records are means over all pairs since the last record, of all ranks; evaluations are
-    means over the pairs of the set, whatever the batch size and the number of ranks.
+    reward_length_correlation, with an interaction loss interaction_loss, intra_loss, inter_loss (before alpha) and
+    interaction_ratio, and with a bottleneck latent_kl. Training records are means over all pairs since the last record,
+    of all ranks; evaluations are means over the pairs of the set, whatever the batch size and the number of ranks.
 
     Args:
         model: the student.
@@ -38,6 +40,10 @@ class RewardTrainer(CheckpointingTrainer):
         processing_class: the student's tokenizer, saved beside the model.
         interaction: None for Bradley-Terry alone.
         alpha: weight of the interaction loss.
+        preference_loss: of the rewards; Bradley-Terry by default.
+        bottleneck_weight: weight of the KL divergences of a bottleneck that the model has in the place of its reward
+            head (`idrm.objectives.attach_bottleneck`). What is saved has a plain head of the same rewards; checkpoints
+            have the bottleneck's weights too.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss returns a mean over the pairs of one micro-batch
@@ -53,10 +59,15 @@ class RewardTrainer(CheckpointingTrainer):
         processing_class: PreTrainedTokenizerBase,
         interaction: InteractionLoss | None = None,
         alpha: float = 1.0,
+        preference_loss: PreferenceLoss | None = None,
+        bottleneck_weight: float = 0.0,
         **trainer_arguments: Any,
     ):
         self.interaction = interaction
         self.alpha = alpha
+        self.preference_loss = preference_loss or PreferenceLoss()
+        self.bottleneck_weight = bottleneck_weight
+        self.bottleneck = next((module for module in model.modules() if isinstance(module, GaussianBottleneck)), None)
         self.capture = QueryKeyCapture(model, interaction.student_layers) if interaction else None
         super().__init__(
             model,
@@ -75,9 +86,17 @@ class RewardTrainer(CheckpointingTrainer):
         """The training loss of a micro-batch of B pairs: a mean over them."""
         teacher_of_batch = self._begin_teacher(inputs)
         rewards, student = self._forward(model, inputs)
-        preference = self._preference_loss(rewards, inputs)
+        preference = self.preference_loss(
+            rewards,
+            inputs.get("margin", 0.0),
+            chosen_is_first=inputs.get(ORDER_COLUMN),
+            progress=self.state.global_step / max(1, self.state.max_steps),
+        )
+        latent_kl = self._latent_kl(inputs)
         interaction = uniform = None
         loss = preference.mean() + self._centering(rewards).mean()
+        if latent_kl is not None:
+            loss = loss + self.bottleneck_weight * latent_kl.mean()
         if self.interaction:
             batch = inputs["interaction"]
             teacher = teacher_of_batch()
@@ -87,7 +106,8 @@ class RewardTrainer(CheckpointingTrainer):
                 with torch.no_grad():
                     uniform_student = self.interaction.uniform_attention(student)
                     uniform = self.interaction.batch_loss(uniform_student, teacher, batch).loss
-        self._sums += pair_rows(rewards, _lengths(inputs), loss, preference, interaction, uniform).sum(0)
+        rows = pair_rows(rewards, _lengths(inputs), loss, preference, interaction, uniform, latent_kl)
+        self._sums += rows.sum(0)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     @torch.no_grad()
@@ -96,16 +116,19 @@ class RewardTrainer(CheckpointingTrainer):
         inputs = self._prepare_inputs(inputs)
         teacher_of_batch = self._begin_teacher(inputs)
         rewards, student = self._forward(model, inputs)
-        preference = self._preference_loss(rewards, inputs)
+        preference = self.preference_loss(rewards, inputs.get("margin", 0.0))
+        latent_kl = self._latent_kl(inputs)
         interaction = uniform = None
         loss = preference + self._centering(rewards)
+        if latent_kl is not None:
+            loss = loss + self.bottleneck_weight * latent_kl
         if self.interaction:
             batch = inputs["interaction"]
             teacher = teacher_of_batch()
             interaction = self.interaction.pair_losses(student, teacher, batch)
             uniform = self.interaction.pair_losses(self.interaction.uniform_attention(student), teacher, batch).loss
             loss = loss + self.alpha * interaction.loss
-        rows = pair_rows(rewards, _lengths(inputs), loss, preference, interaction, uniform)
+        rows = pair_rows(rewards, _lengths(inputs), loss, preference, interaction, uniform, latent_kl)
         # The loop computes metrics only where there are labels; these say that each row is one pair.
         return None, rows, rows.new_ones(len(rows))
 
@@ -113,7 +136,7 @@ class RewardTrainer(CheckpointingTrainer):
         """Adds the pairs' means since the last record to a training record, whose loss they replace."""
         if "loss" in logs:
             sums = self.accelerator.reduce(self._sums, reduction="sum").tolist()
-            logs.update(metrics_from_sums(sums, with_interaction=self.interaction is not None))
+            logs.update(self._metrics(sums))
             self._sums.zero_()
         super().log(logs, start_time)
 
@@ -130,10 +153,14 @@ class RewardTrainer(CheckpointingTrainer):
             return rewards, []
         return rewards, self.interaction.student_attention(self.capture.take(), inputs["interaction"])
 
-    def _preference_loss(self, rewards: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Bradley-Terry with an optional margin, (B,): -log sigmoid(chosen - rejected - margin)."""
-        chosen, rejected = rewards
-        return -logsigmoid(chosen - rejected - inputs.get("margin", 0.0))
+    def _latent_kl(self, inputs: dict[str, Any]) -> Tensor | None:
+        """KL divergence of both sequences' latents, (B,), of the forward just made; None without a bottleneck."""
+        if self.bottleneck is None:
+            return None
+        # Of every token; the collator pads on the right, so that the pooled one is the last of its sequence.
+        divergence = self.bottleneck.take_divergence()
+        pooled = inputs["attention_mask"].sum(1, keepdim=True) - 1
+        return divergence.gather(1, pooled).view(2, -1).sum(0)
 
     def _centering(self, rewards: Tensor) -> Tensor:
         """TRL's penalty on rewards away from zero, (B,)."""
@@ -146,8 +173,24 @@ class RewardTrainer(CheckpointingTrainer):
 
     def _evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         sums = prediction.predictions.sum(axis=0).tolist()
-        metrics = metrics_from_sums(sums, with_interaction=self.interaction is not None)
-        return {**metrics, "pairs": len(prediction.predictions)}
+        return {**self._metrics(sums), "pairs": len(prediction.predictions)}
+
+    def _metrics(self, sums: list[float]) -> dict[str, float]:
+        return metrics_from_sums(
+            sums, with_interaction=self.interaction is not None, with_bottleneck=self.bottleneck is not None
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Saves a plain sequence classifier; checkpoints, from which a run goes on, have a bottleneck's weights too."""
+        if self.bottleneck is not None and self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            is_checkpoint = output_dir is not None and Path(output_dir) != Path(self.args.output_dir)
+            state_dict = with_folded_head(
+                model.state_dict() if state_dict is None else state_dict,
+                head_name(model),
+                keep_bottleneck=is_checkpoint,
+            )
+        super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Beside the random states, each rank keeps its sums since the last record: a resumed run logs the same."""

@@ -1,6 +1,13 @@
 """Preference data: raw records of the usual formats in, message lists out."""
 
-from idrm.preference.formats import convert_record, drop_reason
+from idrm.preference.formats import STRENGTH_COLUMN, PairColumns, convert_record, drop_reason
 from idrm.preference.loading import PreferenceReport, load_preferences
 
-__all__ = ["PreferenceReport", "convert_record", "drop_reason", "load_preferences"]
+__all__ = [
+    "STRENGTH_COLUMN",
+    "PairColumns",
+    "PreferenceReport",
+    "convert_record",
+    "drop_reason",
+    "load_preferences",
+]

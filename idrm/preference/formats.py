@@ -8,12 +8,13 @@ Formats, told apart by the record's keys and the types of their values (names as
 - conversational: `chosen` and `rejected` are lists of {"role", "content"}, with the prompt inside them or in `prompt`;
 - TL;DR comparison: `info` (the post), `summaries` (two texts) and `choice` (0 or 1).
 
-A `margin` (how much better chosen is) may stand beside any of them.
+A `margin` (how much better chosen is) may stand beside any of them, under this or another name (`PairColumns`).
 """
 
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -21,22 +22,43 @@ from idrm.errors import InputError
 
 Message = dict[str, str]
 
+STRENGTH_COLUMN = "strength"
+
 _DIALOGUE_START = re.compile(r"\s*(?:Human|System):")
 _TURN = re.compile(r"\A\s*(Human|System):|\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
 
-def convert_record(record: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PairColumns:
+    """Where a record says how much better its chosen response is.
+
+    Attributes:
+        margin: key of the margin that the loss subtracts.
+        margin_labels: the margins that words under this key stand for, in lower case; numbers are margins themselves.
+        strength: key of a preference strength, below 0 where the label seems wrong; None for none.
+    """
+
+    margin: str = "margin"
+    margin_labels: Mapping[str, float] = field(default_factory=dict)
+    strength: str | None = None
+
+
+def convert_record(record: Mapping[str, Any], columns: PairColumns | None = None) -> dict[str, Any]:
     """Convert one record of any supported format.
 
     Returns {"chosen": messages, "rejected": messages, "conversational": bool, "margin": float | None}, a message being
     {"role": str, "content": str}. The last message of each list is the response, those before it are the prompt.
     `conversational` is False for pairs of bare strings, whose plain rendering is the concatenation of the contents.
+    With `columns.strength` there is "strength", float | None, too.
 
     Raises InputError, without saying which record it was, for missing keys and for values of a wrong type.
     """
+    columns = columns or PairColumns()
     present = {key: value for key, value in record.items() if value is not None}
-    margin = _margin(present.get("margin"))
+    numbers = {"margin": _number(present, columns.margin, columns.margin_labels)}
+    if columns.strength is not None:
+        numbers[STRENGTH_COLUMN] = _number(present, columns.strength)
     if {"info", "summaries", "choice"} <= present.keys():
         chosen, rejected = _comparison(present)
         conversational = False
@@ -50,7 +72,7 @@ def convert_record(record: Mapping[str, Any]) -> dict[str, Any]:
     else:
         chosen, rejected = (_conversation(present, side) for side in ("chosen", "rejected"))
         conversational = True
-    return {"chosen": chosen, "rejected": rejected, "conversational": conversational, "margin": margin}
+    return {"chosen": chosen, "rejected": rejected, "conversational": conversational, **numbers}
 
 
 def drop_reason(pair: Mapping[str, Any]) -> str | None:
@@ -67,11 +89,17 @@ def drop_reason(pair: Mapping[str, Any]) -> str | None:
     return "identical_responses" if chosen == rejected else None
 
 
-def _margin(value: Any) -> float | None:
+def _number(record: Mapping[str, Any], key: str, labels: Mapping[str, float] | None = None) -> float | None:
+    value = record.get(key)
     if value is None:
         return None
+    if labels and isinstance(value, str):
+        margin = labels.get(value.strip().lower())
+        if margin is None:
+            raise InputError(f"expected one of {', '.join(map(repr, labels))} as {key!r}, found {value!r}")
+        return margin
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"expected a finite number as 'margin', found {value!r}")
+        raise InputError(f"expected a finite number as {key!r}, found {value!r}")
     return float(value)
 
 
@@ -146,9 +174,9 @@ def _messages(value: Any, key: str) -> list[Message]:
     for message in value:
         if not isinstance(message, Mapping):
             raise InputError(f"{expected}, found a list of {type(message).__name__}")
-        for field in ("role", "content"):
-            if not isinstance(message.get(field), str):
-                raise InputError(f"{expected}, found a message with {field} {message.get(field)!r:.80}")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise InputError(f"{expected}, found a message with {key} {message.get(key)!r:.80}")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset, Features, Value
 
 from idrm.errors import InputError
-from idrm.preference.formats import convert_record, drop_reason
+from idrm.preference.formats import STRENGTH_COLUMN, PairColumns, convert_record, drop_reason
 from idrm.sources import convert_records, load_records
 
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
@@ -36,34 +36,42 @@ class PreferenceReport:
 
 
 def load_preferences(
-    source: str, *, split: str = "train", cache_dir: str | os.PathLike | None = None, keep_all: bool = False
+    source: str,
+    *,
+    split: str = "train",
+    cache_dir: str | os.PathLike | None = None,
+    keep_all: bool = False,
+    columns: PairColumns | None = None,
 ) -> tuple[Dataset, PreferenceReport]:
     """Load preference pairs and convert each of them to messages (`formats.convert_record`).
 
     Args:
         source, split, cache_dir: as `idrm.sources.load_records` has them.
         keep_all: also what nothing can be learnt from, and a model can be tested on.
+        columns: where records say how much better chosen is. A record without a key has no margin, or no strength.
 
     Returns:
         (dataset, report): the dataset has the columns chosen and rejected (lists of {"role", "content"}),
-        conversational (bool) and margin (float or None), without the pairs that `formats.drop_reason` names unless
-        all are kept.
+        conversational (bool), margin (float or None) and, with `columns.strength`, strength (float or None), without
+        the pairs that `formats.drop_reason` names unless all are kept.
 
     Raises:
         InputError: the source does not exist or is empty, JSON is malformed (named by file and line), a record lacks
             keys or holds other types than expected (named by its number), or no pair is left.
     """
+    columns = columns or PairColumns()
     records = load_records(source, split=split, cache_dir=cache_dir)
 
     def convert(record: dict) -> tuple[dict, str]:
-        pair = convert_record(record)
+        pair = convert_record(record, columns)
         if not keep_all:
             return pair, drop_reason(pair) or ""
         if not pair["chosen"] or not pair["rejected"]:
             raise InputError("expected messages on both sides, found none")
         return pair, ""
 
-    pairs, dropped = convert_records(records, source, convert, _FEATURES)
+    features = _FEATURES if columns.strength is None else Features({**_FEATURES, STRENGTH_COLUMN: Value("float64")})
+    pairs, dropped = convert_records(records, source, convert, features)
     report = PreferenceReport(source, read=len(records), kept=len(pairs), dropped=dropped)
     if not report.kept:
         raise InputError(f"no pair can be used ({report.summary()})")

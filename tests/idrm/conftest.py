@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and data on disk, as a user would have them, and runs of the entry point."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -22,6 +24,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+
+from idrm.alignment import PairEncoder, encode_preferences
+from idrm.arguments import InteractionArguments, RewardTrainingArguments
+from idrm.capture import Teacher, resolve_layers
+from idrm.collator import PairCollator
+from idrm.interaction import InteractionLoss
+from idrm.objectives import attach_bottleneck
+from idrm.preference import load_preferences
+from idrm.teacher_cache import CachedTeacher, TeacherCache
+from idrm.trainer import RewardTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = [
@@ -288,3 +300,57 @@ def train(start_training):
         return Run(folder, process.returncode, output, errors)
 
     return run
+
+
+@pytest.fixture
+def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_path, eval_pairs_path):
+    """make_trainer(alpha=..., interaction={...}, **TrainingArguments): of the tiny models, on the tiny data.
+
+    `bottleneck` is (latent_size, divergence); `prepare` changes the encoded training pairs.
+    """
+
+    def make(
+        *,
+        alpha=1.0,
+        student_layers=(-1,),
+        teacher_layers=(-1,),
+        interaction=None,
+        padding_side="right",
+        cache_folder=None,
+        preference_loss=None,
+        bottleneck=None,
+        bottleneck_weight=0.0,
+        prepare=lambda pairs: pairs,
+        **values,
+    ):
+        teacher = Teacher.load(str(teacher_path), layers=teacher_layers)
+        tokenizer = copy.deepcopy(student_tokenizer)
+        tokenizer.padding_side = padding_side
+        encoder = PairEncoder(tokenizer, teacher.tokenizer, max_length=128, teacher_max_length=128)
+        train, _ = encode_preferences(load_preferences(str(pairs_path))[0], encoder)
+        evaluation, _ = encode_preferences(load_preferences(str(eval_pairs_path))[0], encoder)
+        arguments = InteractionArguments(alpha=alpha, **(interaction or {}))
+        defaults = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1}
+        defaults |= {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "output_dir": str(tmp_path / "out")}
+        cache = cache_folder and TeacherCache.open(cache_folder, teacher, [train, evaluation])
+        teacher = CachedTeacher(teacher, cache) if cache else teacher
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(student_path)
+        if bottleneck:
+            attach_bottleneck(model, *bottleneck)
+        return RewardTrainer(
+            model,
+            RewardTrainingArguments(**(defaults | values)),
+            PairCollator(tokenizer, encoder.teacher_tokenizer if alpha else None, arguments.interaction_rows, cache),
+            prepare(train),
+            evaluation,
+            processing_class=tokenizer,
+            interaction=InteractionLoss(teacher, resolve_layers(student_layers, 3, "student"), arguments)
+            if alpha
+            else None,
+            alpha=alpha,
+            preference_loss=preference_loss,
+            bottleneck_weight=bottleneck_weight,
+        )
+
+    return make

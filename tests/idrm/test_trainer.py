@@ -8,58 +8,10 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from idrm.alignment import PairEncoder, encode_preferences
-from idrm.arguments import InteractionArguments, RewardTrainingArguments
-from idrm.capture import Teacher, resolve_layers
-from idrm.collator import PairCollator
-from idrm.interaction import InteractionLoss
+from idrm.alignment import PairEncoder
 from idrm.metrics import COLUMNS
 from idrm.preference import load_preferences
-from idrm.teacher_cache import CachedTeacher, TeacherCache
-from idrm.trainer import RewardTrainer
 from idrm_kernels import available_implementations
-
-
-@pytest.fixture
-def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_path, eval_pairs_path):
-    """make_trainer(alpha=..., interaction={...}, **TrainingArguments): of the tiny models, on the tiny data."""
-
-    def make(
-        *,
-        alpha=1.0,
-        student_layers=(-1,),
-        teacher_layers=(-1,),
-        interaction=None,
-        padding_side="right",
-        cache_folder=None,
-        **values,
-    ):
-        teacher = Teacher.load(str(teacher_path), layers=teacher_layers)
-        tokenizer = copy.deepcopy(student_tokenizer)
-        tokenizer.padding_side = padding_side
-        encoder = PairEncoder(tokenizer, teacher.tokenizer, max_length=128, teacher_max_length=128)
-        train, _ = encode_preferences(load_preferences(str(pairs_path))[0], encoder)
-        evaluation, _ = encode_preferences(load_preferences(str(eval_pairs_path))[0], encoder)
-        arguments = InteractionArguments(alpha=alpha, **(interaction or {}))
-        defaults = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1}
-        defaults |= {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "output_dir": str(tmp_path / "out")}
-        cache = cache_folder and TeacherCache.open(cache_folder, teacher, [train, evaluation])
-        teacher = CachedTeacher(teacher, cache) if cache else teacher
-        torch.manual_seed(0)
-        return RewardTrainer(
-            AutoModelForSequenceClassification.from_pretrained(student_path),
-            RewardTrainingArguments(**(defaults | values)),
-            PairCollator(tokenizer, encoder.teacher_tokenizer if alpha else None, arguments.interaction_rows, cache),
-            train,
-            evaluation,
-            processing_class=tokenizer,
-            interaction=InteractionLoss(teacher, resolve_layers(student_layers, 3, "student"), arguments)
-            if alpha
-            else None,
-            alpha=alpha,
-        )
-
-    return make
 
 
 def training_records(trainer):
