@@ -17,6 +17,7 @@ from idrm.arguments import (
     EmbeddedArguments,
     InteractionArguments,
     ModelArguments,
+    ObjectiveArguments,
     RewardTrainingArguments,
     parse_arguments,
 )
@@ -24,14 +25,14 @@ from idrm.cli import COMMANDS, usage
 from idrm.evaluation.catalogue import benchmark_sources
 from idrm.evaluation.command import make_parser as evaluation_parser
 from idrm.evaluation.comparison_command import make_parser as comparison_parser
-from idrm.metrics import INTERACTION_METRICS, PREFERENCE_METRICS
+from idrm.metrics import BOTTLENECK_METRICS, INTERACTION_METRICS, PREFERENCE_METRICS
 from idrm.nli import arguments as nli_arguments
 from idrm.nli import load_nli
 from idrm.preference import convert_record, drop_reason
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments, EmbeddedArguments)
+OWN_ARGUMENTS = (ModelArguments, DataArguments, InteractionArguments, ObjectiveArguments, EmbeddedArguments)
 TEACHER_ARGUMENTS = (
     nli_arguments.EncoderArguments,
     nli_arguments.NliDataArguments,
@@ -190,7 +191,11 @@ def test_teacher_flag_table_is_complete_and_has_the_defaults():
 
 def test_metric_table_is_complete():
     logged = README.split("### What is logged")[1].split("###")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", logged, flags=re.MULTILINE)) == {*PREFERENCE_METRICS, *INTERACTION_METRICS}
+    assert set(re.findall(r"^\| `(\w+)` \|", logged, flags=re.MULTILINE)) == {
+        *PREFERENCE_METRICS,
+        *INTERACTION_METRICS,
+        *BOTTLENECK_METRICS,
+    }
 
 
 def test_data_examples_are_one_pair_each():
