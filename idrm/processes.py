@@ -31,6 +31,8 @@ def command() -> Iterator[None]:
     """What a command does runs in here: bad input and an interruption are one line on stderr, status 2 and 130."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("idrm").setLevel(logging.INFO if is_local_main() else logging.ERROR)
+    # It prints its retries itself: each would be there twice.
+    logging.getLogger("huggingface_hub").propagate = False
     try:
         yield
     except InputError as error:
