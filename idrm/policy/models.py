@@ -1,0 +1,92 @@
+"""The policy: a language model and its tokenizer, with something to pad with."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from idrm.alignment import frozen_chat_template
+from idrm.errors import InputError, refusals, require_folder
+from idrm.evaluation.reading import load_tokenizer
+from idrm.models import RESERVED_PAD_TOKENS, torch_dtype
+
+
+def load_policy_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model, which pads with a token that its vocabulary has.
+
+    The pad token may be EOS, unlike a reward model's: a policy is told by its masks where a response ends.
+
+    Raises:
+        InputError: nothing loadable there, a slow tokenizer, or one without an EOS token.
+    """
+    require_folder(f"--model_name_or_path {name_or_path}", name_or_path)
+    with refusals(f"--model_name_or_path {name_or_path}"):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        raise InputError(f"--model_name_or_path {name_or_path}: has no fast tokenizer (tokenizer.json)")
+    if tokenizer.eos_token is None:
+        raise InputError(f"--model_name_or_path {name_or_path}: its tokenizer has no EOS token, which ends a response")
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        reserved = (token for token in RESERVED_PAD_TOKENS if token in vocabulary)
+        tokenizer.pad_token = next(reserved, tokenizer.eos_token)
+    return tokenizer
+
+
+def load_policy(
+    name_or_path: str,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model, from safetensors only; partitioned where ZeRO-3 is set up.
+
+    Raises:
+        InputError: no language model there, or weights that cannot be loaded or that the checkpoint lacks.
+    """
+    what = f"--model_name_or_path {name_or_path}"
+    with refusals(what):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        if any("ForSequenceClassification" in architecture for architecture in config.architectures or ()):
+            raise InputError(f"{what}: is a sequence classifier; expected a language model")
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=torch_dtype(dtype) or "auto",
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if loading["missing_keys"]:
+        raise InputError(f"{what}: lacks weights, such as {sorted(loading['missing_keys'])[0]}")
+    return model
+
+
+def require_shared_tokenizer(
+    policy: str, tokenizer: PreTrainedTokenizerBase, reward_model: str, trust_remote_code: bool
+) -> None:
+    """Refuses a reward model that reads other ids than the policy writes.
+
+    Raises:
+        InputError: their vocabularies, pad, EOS or chat templates differ, or their pad token is their EOS.
+    """
+    theirs = load_tokenizer(reward_model, trust_remote_code)
+    for what, ours_is, theirs_is in (
+        ("vocabulary", tokenizer.get_vocab(), theirs.get_vocab()),
+        ("pad token", tokenizer.pad_token, theirs.pad_token),
+        ("EOS token", tokenizer.eos_token, theirs.eos_token),
+        ("chat template", _template(tokenizer), _template(theirs)),
+    ):
+        if ours_is != theirs_is:
+            raise InputError(
+                f"--reward_model_name_or_path {reward_model}: has another {what} than {policy}, whose ids ppo has it "
+                "read; rloo takes any reward model"
+            )
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise InputError(f"--model_name_or_path {policy}: pads with its EOS token, by which ppo finds a response's end")
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    template = tokenizer.chat_template
+    return frozen_chat_template(template) if isinstance(template, str) else template

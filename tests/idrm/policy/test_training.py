@@ -1,0 +1,231 @@
+"""Policies in training: losses against other code, rewards that rise, two ranks under ZeRO-3, resuming, refusals."""
+
+import json
+import shutil
+import statistics
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from idrm.errors import InputError
+from idrm.evaluation.command import main as evaluate
+from idrm.evaluation.reward_model import load_reward_model
+from idrm.policy import command
+from idrm.policy.arguments import parse_arguments
+from idrm.policy.dialogues import load_examples
+from idrm.policy.generation import generate
+from idrm.policy.generation import parse_arguments as parse_generation
+from idrm.policy.models import load_policy
+from idrm.policy.reward import reward_function
+
+RLOO = (
+    *("--max_steps", 25, "--learning_rate", 3e-3, "--beta", 0.0, "--num_generations", 4),
+    *("--per_device_train_batch_size", 32, "--max_completion_length", 16, "--save_strategy", "no"),
+)
+PPO = (
+    *("--total_episodes", 800, "--learning_rate", 5e-3, "--lr_scheduler_type", "constant", "--kl_coef", 0.0),
+    *("--num_mini_batches", 2, "--num_ppo_epochs", 2, "--per_device_train_batch_size", 32, "--response_length", 16),
+    *("--temperature", 1.0, "--gradient_checkpointing", "false", "--save_strategy", "no"),
+)
+
+
+def history(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_sft_learns_the_responses_alone(sft_path, untrained_path, eval_pairs_path):
+    """TRL's evaluation against a cross-entropy written out here, over the tokens after each prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(sft_path)
+    examples, _ = load_examples("sft", str(eval_pairs_path), "test", False)
+
+    def loss(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        losses = []
+        for example in examples:
+            prompt = len(tokenizer(example["prompt"])["input_ids"])
+            ids = torch.tensor(tokenizer(example["prompt"] + example["completion"] + "</s>")["input_ids"])
+            with torch.no_grad():
+                logits = model(input_ids=ids[None]).logits[0]
+            losses.append(torch.nn.functional.cross_entropy(logits[prompt - 1 : -1], ids[prompt:], reduction="none"))
+        return losses
+
+    losses = loss(sft_path)
+    # Batches of eight and three pairs: a mean over batches of means over tokens.
+    batches = [torch.cat(losses[:8]).mean(), torch.cat(losses[8:]).mean()]
+    result = json.loads((sft_path / "eval_results.json").read_text())["eval_loss"]
+    low, high = sorted((torch.cat(losses).mean().item(), statistics.mean(map(float, batches))))
+    assert low - 0.02 <= result <= high + 0.02
+    assert torch.cat(losses).mean() < torch.cat(loss(untrained_path)).mean() - 1
+
+
+def test_a_resumed_policy_is_the_unbroken_one(
+    tmp_path, run_action, sft_path, untrained_path, pairs_path, eval_pairs_path
+):
+    folder = tmp_path / "out"
+    shutil.copytree(sft_path, folder)
+    shutil.rmtree(folder / "checkpoint-40")
+    flags = (
+        *("--model_name_or_path", untrained_path, "--dataset_name", pairs_path, "--eval_dataset_name", eval_pairs_path),
+        *("--max_steps", 40, "--learning_rate", 3e-3, "--save_steps", 20, "--logging_steps", 1),
+    )
+    with pytest.raises(InputError, match="holds another run"):
+        run_action("sft", folder, *flags)
+    run_action("sft", folder, *flags, "--resume_from_checkpoint")
+    for name, weight in load_policy(str(sft_path)).state_dict().items():
+        torch.testing.assert_close(load_policy(str(folder)).state_dict()[name], weight, rtol=0, atol=0)
+
+
+def test_dpo_raises_its_implicit_accuracy_and_idrm_eval_measures_the_same(
+    tmp_path, run_action, sft_path, pairs_path, eval_pairs_path
+):
+    flags = ("--model_name_or_path", sft_path, "--dataset_name", pairs_path, "--eval_dataset_name", eval_pairs_path)
+    folder = run_action("dpo", tmp_path / "dpo", *flags, "--max_steps", 12, "--learning_rate", 1e-3)
+    result = json.loads((folder / "eval_results.json").read_text())
+    assert result["eval_rewards/accuracies"] > 0.9
+    scores = ["--implicit_reward", str(sft_path), "--benchmark", f"held-out={eval_pairs_path}", "--device", "cpu"]
+    evaluate([str(folder), *scores, "--output_dir", str(tmp_path / "scores")])
+    outcomes = (tmp_path / "scores" / "outcomes" / "dpo" / "held-out.jsonl").read_text().splitlines()
+    outcomes = [json.loads(line) for line in outcomes]
+    outcomes = [outcome for outcome in outcomes if "chosen_reward" in outcome]
+    margins = [outcome["chosen_reward"] - max(outcome["rejected_rewards"]) for outcome in outcomes]
+    assert len(margins) == 11
+    assert statistics.mean(margin > 0 for margin in margins) > 0.9
+    # TRL's is a mean of batches' means, of eight and three pairs.
+    batches = [statistics.mean(margins[:8]), statistics.mean(margins[8:])]
+    assert min(batches) - 1e-3 <= result["eval_rewards/margins"] <= max(batches) + 1e-3
+
+
+def held_out_rewards(policy, reward, prompts, folder):
+    """The rewards of six samples of each held-out prompt."""
+    rewards = []
+    for seed in range(6):
+        flags = ["--model_name_or_path", policy, "--dataset_name", prompts, "--output_file", folder / f"{seed}.jsonl"]
+        flags += ["--overwrite", "true", "--max_new_tokens", 16, "--seed", seed, "--device", "cpu"]
+        lines = generate(parse_generation([*map(str, flags)]))
+        messages = [[*line["prompt"], {"role": "assistant", "content": line["response"]}] for line in lines]
+        rewards += reward.rewards([reward.encode(dialogue, True) for dialogue in messages], show_progress=False)
+    return torch.tensor(rewards, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("action", "flags", "seeds"), [("rloo", RLOO, 3), ("ppo", PPO, 2)], ids=["rloo", "ppo"])
+def test_the_reward_of_held_out_prompts_rises(
+    tmp_path, run_action, sft_path, reward_path, pairs_path, eval_pairs_path, action, flags, seeds
+):
+    reward = load_reward_model(str(reward_path), device="cpu")
+    before = held_out_rewards(sft_path, reward, eval_pairs_path, tmp_path)
+    models = ("--model_name_or_path", sft_path, "--reward_model_name_or_path", reward_path)
+    for seed in range(seeds):
+        folder = run_action(action, tmp_path / f"{seed}", *models, "--dataset_name", pairs_path, *flags, "--seed", seed)
+        after = held_out_rewards(folder, reward, eval_pairs_path, tmp_path)
+        error = (before.var() / len(before) + after.var() / len(after)).sqrt()
+        # The lower end of a 95% interval.
+        assert after.mean() - before.mean() - 1.96 * error > 0.5
+
+
+def test_the_reward_is_that_of_transformers_alone(reward_path, eval_pairs_path):
+    examples, _ = load_examples("prompts", str(eval_pairs_path), "test", False)
+    reward = reward_function(load_reward_model(str(reward_path), device="cpu"), batch_size=4)
+    completions = [f" The kettle boils {index} times. " for index in range(len(examples))]
+    rewards = reward(
+        prompts=examples["prompt"][:],
+        completions=completions,
+        messages=examples["messages"][:],
+        conversational=examples["conversational"][:],
+        trainer_state=None,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(reward_path)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_path)
+    for prompt, completion, value in zip(examples["prompt"], completions, rewards, strict=True):
+        inputs = tokenizer(prompt + completion.rstrip() + "</s>", return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            assert value == pytest.approx(model(**inputs).logits.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("action", ["rloo", "ppo"])
+def test_two_ranks_under_zero3(tmp_path, start_training, sft_path, reward_path, pairs_path, action):
+    """Saved from partitioned weights, into a policy that is whole and has moved."""
+    size = {
+        "rloo": ("--max_steps", 3, "--num_generations", 4, "--max_completion_length", 12, "--learning_rate", 1e-3),
+        "ppo": ("--total_episodes", 48, "--response_length", 12, "--learning_rate", 1e-3),
+    }
+    process = start_training(
+        tmp_path / "out",
+        *("--deepspeed", "ds_zero3.json", "--model_name_or_path", sft_path, "--reward_model_name_or_path", reward_path),
+        *("--dataset_name", pairs_path, "--per_device_train_batch_size", 8, *size[action]),
+        ranks=2,
+        script=("--module", "idrm.policy", action),
+    )
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    saved, before = load_policy(str(tmp_path / "out")), load_policy(str(sft_path))
+    moved = [not torch.equal(a, b) for a, b in zip(saved.parameters(), before.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
+    assert all(bool(weight.isfinite().all()) for weight in saved.parameters())
+
+
+@pytest.mark.parametrize(
+    ("action", "flags", "message"),
+    [
+        ("sft", ["--dataset_name", "d"], "--model_name_or_path is missing: give the language model"),
+        ("dpo", ["--model_name_or_path", "m"], "--dataset_name is missing: give the preference pairs"),
+        ("rloo", ["--model_name_or_path", "m", "--dataset_name", "d"], "--reward_model_name_or_path is missing"),
+        ("sft", ["--model_name_or_path", "m", "--dataset_name", "d", "--action", "dpo"], "this is idrm policy sft"),
+        (
+            "ppo",
+            [
+                "--model_name_or_path",
+                "m",
+                "--dataset_name",
+                "d",
+                "--reward_model_name_or_path",
+                "r",
+                "--max_steps",
+                "3",
+            ],
+            "--max_steps: is not for TRL's PPO trainer",
+        ),
+        ("sft", ["--model_name_or_path", "m", "--dataset_name", "d", "--eval_strategy", "epoch"], "needs pairs"),
+    ],
+)
+def test_flags_that_make_no_run_are_refused(action, flags, message):
+    with pytest.raises(InputError, match=message):
+        parse_arguments(action, flags)
+
+
+def test_what_cannot_be_loaded_is_refused_and_nothing_is_written(
+    tmp_path, run_action, sft_path, reward_path, minilm_path, pairs_path
+):
+    data, folder = ("--dataset_name", pairs_path), tmp_path / "out"
+    with pytest.raises(InputError, match="is a sequence classifier; expected a language model"):
+        run_action("sft", folder, "--model_name_or_path", reward_path, *data)
+    policy = ("--model_name_or_path", sft_path, *data)
+    with pytest.raises(InputError, match="is a language model"):
+        run_action("rloo", folder, *policy, "--reward_model_name_or_path", sft_path)
+    other = tmp_path / "other"
+    shutil.copytree(reward_path, other)
+    AutoTokenizer.from_pretrained(minilm_path).save_pretrained(other)
+    with pytest.raises(InputError, match=r"has another vocabulary than .*; rloo takes any reward model"):
+        run_action("ppo", folder, *policy, "--reward_model_name_or_path", other)
+    assert not folder.exists()
+
+
+def test_without_the_extra_it_is_one_line_that_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["dpo", "--model_name_or_path", "m"])
+    assert ended.value.code == 2
+    line = "error: idrm policy dpo: needs TRL, which is not installed here: pip install 'idrm[policy]'\n"
+    assert capsys.readouterr().err == line
+
+
+def test_an_unknown_action_is_one_line(capsys):
+    for action, line in (
+        (["ppoo"], "error: idrm policy ppoo: expected one of sft, dpo, rloo, ppo, generate\n"),
+        ([], "error: idrm policy: expected one of sft, dpo, rloo, ppo, generate\n"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main(action)
+        assert capsys.readouterr().err == line
+    assert "trl" in sys.modules
