@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -41,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with command():
         if action not in ACTIONS:
-            raise InputError(
-                f"idrm policy {action}: expected one of {', '.join(ACTIONS)}".replace("policy :", "policy:")
-            )
+            raise InputError(f"{f'idrm policy {action}'.strip()}: expected one of {', '.join(ACTIONS)}")
         if action != "generate" and importlib.util.find_spec("trl") is None:
             raise InputError(f"idrm policy {action}: needs TRL, which is not installed here: {EXTRA}")
+        # That PPO may change with the next release is why one release is pinned.
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         import_module(ACTIONS[action][0]).run(action, [*flags, *launched])

@@ -1,5 +1,6 @@
 """A tiny policy that can speak, a reward model of its vocabulary that has learnt something, and runs of the actions."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from idrm.policy.arguments import parse_arguments
 from idrm.policy.training import train
 from idrm.train import train as train_reward_model
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 QUIET = ("--use_cpu", "true", "--disable_tqdm", "true")
 
 
@@ -34,6 +39,14 @@ def save_untrained(tmp_path_factory, student_tokenizer):
 @pytest.fixture(scope="session")
 def untrained_path(save_untrained) -> Path:
     return save_untrained(LlamaForCausalLM, 8)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(student_tokenizer):
+    """The students' tokenizer with a chat template, which writes BOS and EOS itself."""
+    tokenizer = copy.deepcopy(student_tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

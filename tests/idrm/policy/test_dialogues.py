@@ -11,10 +11,6 @@ from idrm.policy.dialogues import completion_text, load_examples, prompt_text
 from idrm.policy.prompts import prompt_ids, tokenized_prompts
 from idrm.preference import load_preferences
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
 POST = {"subreddit": "tea", "title": "Kettle", "post": "It boils."}
 TLDR = {"info": POST, "summaries": [{"text": "A kettle."}, {"text": " Boils a lot."}], "choice": 1}
 
@@ -86,15 +82,11 @@ def test_pairs_that_an_action_cannot_use_are_counted_or_refused(tmp_path):
         load_examples("sft", str(path), "train", False)
 
 
-def test_prompts_of_a_chat_template_end_where_the_response_begins(student_tokenizer):
-    student_tokenizer = type(student_tokenizer)(
-        tokenizer_object=student_tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
-    )
-    student_tokenizer.chat_template = CHAT_TEMPLATE
+def test_prompts_of_a_chat_template_end_where_the_response_begins(chat_tokenizer):
     messages = [{"role": "user", "content": "Is it far?"}]
-    (ids,) = prompt_ids(student_tokenizer, [messages])
-    assert student_tokenizer.decode(ids) == "<s>[user] Is it far?</s>[assistant] "
-    assert ids.count(student_tokenizer.bos_token_id) == 1
+    (ids,) = prompt_ids(chat_tokenizer, [messages])
+    assert chat_tokenizer.decode(ids) == "<s>[user] Is it far?</s>[assistant] "
+    assert ids.count(chat_tokenizer.bos_token_id) == 1
 
 
 def test_prompts_that_are_too_long_are_left_out(pairs_path, student_tokenizer):

@@ -20,6 +20,7 @@ from idrm.policy.generation import parse_arguments as parse_generation
 from idrm.policy.models import load_policy
 from idrm.policy.reward import reward_function
 
+FAST = ("--learning_rate", 3e-3, "--logging_steps", 1)
 RLOO = (
     *("--max_steps", 25, "--learning_rate", 3e-3, "--beta", 0.0, "--num_generations", 4),
     *("--per_device_train_batch_size", 32, "--max_completion_length", 16, "--save_strategy", "no"),
@@ -141,6 +142,28 @@ def test_the_reward_is_that_of_transformers_alone(reward_path, eval_pairs_path):
         inputs = tokenizer(prompt + completion.rstrip() + "</s>", return_tensors="pt", return_token_type_ids=False)
         with torch.no_grad():
             assert value == pytest.approx(model(**inputs).logits.item(), abs=1e-5)
+
+
+def test_a_policy_with_a_chat_template(
+    tmp_path, run_action, chat_tokenizer, untrained_path, reward_path, pairs_path, eval_pairs_path
+):
+    """It learns and writes messages, and is rewarded by a model without a template, which reads a dialogue."""
+    base = tmp_path / "base"
+    shutil.copytree(untrained_path, base)
+    chat_tokenizer.save_pretrained(base)
+    data = ("--dataset_name", pairs_path, "--eval_dataset_name", eval_pairs_path, "--save_strategy", "no")
+    sft = run_action("sft", tmp_path / "sft", "--model_name_or_path", base, *data, "--max_steps", 20, *FAST)
+    losses = [record["loss"] for record in history(sft) if "loss" in record]
+    assert losses[-1] < losses[0] - 0.5
+    dpo = run_action("dpo", tmp_path / "dpo", "--model_name_or_path", sft, *data, "--max_steps", 12, *FAST)
+    assert json.loads((dpo / "eval_results.json").read_text())["eval_rewards/accuracies"] > 0.9
+    models = ("--model_name_or_path", sft, "--reward_model_name_or_path", reward_path)
+    rloo = run_action("rloo", tmp_path / "rloo", *models, *data, "--max_steps", 2, "--max_completion_length", 8)
+    assert torch.tensor(json.loads((rloo / "eval_results.json").read_text())["eval_reward"]).isfinite()
+    path = tmp_path / "responses.jsonl"
+    flags = ["--model_name_or_path", dpo, "--dataset_name", eval_pairs_path, "--output_file", path, "--device", "cpu"]
+    lines = generate(parse_generation([*map(str, flags), "--max_new_tokens", "8"]))
+    assert not any("[assistant]" in line["response"] for line in lines)
 
 
 @pytest.mark.parametrize("action", ["rloo", "ppo"])
