@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import math
@@ -46,6 +47,21 @@ def command() -> Iterator[None]:
         if is_local_main():
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _end_rank()
+
+
+def _end_rank() -> NoReturn:
+    """Ends a rank that has finished, without taking the interpreter down under its threads.
+
+    DeepSpeed keeps process groups alive whose threads hold Python objects. One that wakes once the interpreter is gone
+    aborts the process, seldom and on busy machines, and the launcher reports a run as failed that has saved everything.
+    """
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextlib.contextmanager
