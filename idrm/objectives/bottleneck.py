@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 
 from idrm.errors import InputError
 
-LATENT_SIZE = 128
-
 
 class GaussianBottleneck(nn.Module):
     """Reward of hidden states through a Gaussian latent: sampled in training, its mean in evaluation.

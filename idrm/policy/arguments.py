@@ -82,7 +82,7 @@ class RewardModelArguments:
 
 @dataclass
 class _Defaults:
-    """Ours where TRL's would surprise: nothing is reported, and half precision is asked for."""
+    """Ours where TRL's would surprise: nothing is reported, and half precision is used where it is asked for."""
 
     output_dir: str | None = field(
         default="idrm-policy",

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -357,3 +358,23 @@ def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_
         )
 
     return make
+
+
+@pytest.fixture
+def asked_of_the_network(monkeypatch) -> list:
+    """Every host name that is looked up and every address that is connected to, from here on."""
+    asked = []
+    resolve, connect = socket.getaddrinfo, socket.socket.connect
+
+    def note_name(host, *arguments, **options):
+        asked.append(host)
+        return resolve(host, *arguments, **options)
+
+    def note_address(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            asked.append(address)
+        return connect(self, address)
+
+    monkeypatch.setattr(socket, "getaddrinfo", note_name)
+    monkeypatch.setattr(socket.socket, "connect", note_address)
+    return asked

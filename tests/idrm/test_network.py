@@ -1,27 +1,11 @@
 """Local models and data are nobody else's business."""
 
-import socket
-
 from idrm.train import main
 
 
 def test_a_run_on_local_files_asks_nothing_of_the_network(
-    tmp_path, monkeypatch, student_path, teacher_path, pairs_path, eval_pairs_path
+    tmp_path, asked_of_the_network, student_path, teacher_path, pairs_path, eval_pairs_path
 ):
-    asked = []
-    resolve, connect = socket.getaddrinfo, socket.socket.connect
-
-    def note_name(host, *arguments, **options):
-        asked.append(host)
-        return resolve(host, *arguments, **options)
-
-    def note_address(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6):
-            asked.append(address)
-        return connect(self, address)
-
-    monkeypatch.setattr(socket, "getaddrinfo", note_name)
-    monkeypatch.setattr(socket.socket, "connect", note_address)
     flags = {
         "model_name_or_path": student_path,
         "teacher_name_or_path": teacher_path,
@@ -34,4 +18,4 @@ def test_a_run_on_local_files_asks_nothing_of_the_network(
     }
     main([token for name, value in flags.items() for token in (f"--{name}", str(value))])
     assert (tmp_path / "out" / "config.json").exists()
-    assert asked == []
+    assert asked_of_the_network == []

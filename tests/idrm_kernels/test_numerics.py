@@ -110,7 +110,11 @@ def test_every_pair_of_options(case, impl, device):
 
 @pytest.mark.usefixtures("poisoned_buffers")
 @pytest.mark.parametrize(
-    "name", ["kl-underflow", "groups-across-kv-heads", "intra-only", "no-examples", "empty-examples"]
+    "name",
+    [
+        *("kl-underflow", "heads-apart", "groups-across-kv-heads", "one-kv-head"),
+        *("intra-only", "no-examples", "empty-examples"),
+    ],
 )
 def test_corner_cases_in_float32(name, impl, device):
     check_errors(dataclasses.replace(CASES[name], dtype=torch.float32), impl, device)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,21 +24,9 @@ def test_labels_are_folder_names_made_unique():
             labelled_models(entries)
 
 
-def test_models_on_local_files_without_the_network(tmp_path, monkeypatch, student_path, eval_pairs_path, capsys):
-    asked = []
-    resolve, connect = socket.getaddrinfo, socket.socket.connect
-
-    def note_name(host, *arguments, **options):
-        asked.append(host)
-        return resolve(host, *arguments, **options)
-
-    def note_address(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6):
-            asked.append(address)
-        return connect(self, address)
-
-    monkeypatch.setattr(socket, "getaddrinfo", note_name)
-    monkeypatch.setattr(socket.socket, "connect", note_address)
+def test_models_on_local_files_without_the_network(
+    tmp_path, asked_of_the_network, student_path, eval_pairs_path, capsys
+):
     rewardbench = tmp_path / "rewardbench.jsonl"
     records = [
         {"prompt": f"Order {n}?", "chosen": "The lamp, please.", "rejected": "No.", "subset": subset}
@@ -51,7 +38,7 @@ def test_models_on_local_files_without_the_network(tmp_path, monkeypatch, studen
     flags = ["--device", "cpu", "--output_dir", str(folder)]
     benchmarks = [f"held-out={eval_pairs_path}", f"rewardbench={rewardbench}"]
     main([str(student_path), f"again={student_path}", "--benchmark", *benchmarks, *flags])
-    assert asked == []
+    assert asked_of_the_network == []
     printed = capsys.readouterr().out
     label = student_path.name
     assert all(text in printed for text in ("held-out", "rewardbench", "Leaderboard", label, "again", "length only"))
