@@ -201,6 +201,17 @@ def named_sets(flag: str, entries: Sequence[str] | None) -> dict[str, str]:
     return named
 
 
+def named_values(entries: Sequence[str] | None) -> dict[str, str]:
+    """Splits the name=value entries of --values; InputError for one that is none, or a name that is there twice."""
+    named: dict[str, str] = {}
+    for entry in entries or ():
+        name, separator, value = entry.partition("=")
+        if not separator or not re.fullmatch(r"[\w.-]+", name) or name in named:
+            raise InputError(f"--values {entry}: expected name=value with a name of its own")
+        named[name] = value
+    return named
+
+
 def require_at_least(values: dict[str, Any], lowest: dict[str, float]) -> None:
     """Refuses, of the flags named, one whose value lies below the lowest or is no finite number; None is legal."""
     for flag, bound in lowest.items():

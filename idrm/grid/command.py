@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from idrm.arguments import given_flags
-from idrm.command_line import FlagParser, fields_of, require_at_least
+from idrm.child_processes import last_lines, require_program
+from idrm.command_line import FlagParser, fields_of, named_values, require_at_least
 from idrm.errors import InputError
 from idrm.evaluation.benchmark import Benchmark
 from idrm.evaluation.catalogue import benchmark_sources, load_benchmark
-from idrm.evaluation.evaluation import Scoring, evaluate_models
+from idrm.evaluation.evaluation import Scoring, evaluate_models, require_scorable
 from idrm.evaluation.outcomes import Outcomes, read_outcomes, write_outcomes
-from idrm.grid.runs import Run, RunFailed, last_lines, require_program, require_runnable, train_runs
+from idrm.grid.runs import Run, RunFailed, require_runnable, train_runs
 from idrm.grid.specification import Grid, read_grid, require_free
 from idrm.grid.table import cells_of, columns_of, require_columns, write_table
 from idrm.processes import command
@@ -31,6 +32,9 @@ class GridArguments:
 
     output_dir: str = field(default="idrm-grid", metadata={"help": "Folder for runs, outcomes, logs and the table."})
     seeds: list[int] | None = field(default=None, metadata={"help": "Seeds of every row, instead of the file's."})
+    values: list[str] | None = field(
+        default=None, metadata={"help": "What {name} in the file stands for: name=value ..."}
+    )
     jobs: int = field(default=1, metadata={"help": "Training runs at a time, which share this machine's cores."})
     launcher: str = field(
         default=sys.executable,
@@ -44,18 +48,39 @@ class GridArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what the command line asks for; bad input and an interruption are one line on stderr, status 2 and 130."""
     with command():
-        argv = list(sys.argv[1:] if argv is None else argv)
-        position = argv.index("--") if "--" in argv else len(argv)
-        argv, training = argv[:position], argv[position + 1 :]
-        parser = FlagParser((GridArguments,), "idrm grid")
-        parser.add_argument("grid", metavar="GRID.YAML", help="The grid file; see docs/grids.md.")
-        parser.epilog = "Flags after -- are given to every training run: idrm grid GRID.YAML -- --max_steps 100"
-        values, _ = parser.values(argv)
-        require_at_least(values, {"jobs": 1, "eval_batch_size": 1})
-        arguments = GridArguments(**fields_of(GridArguments, values))
-        training_flags = given_flags(training)
-        require_free(training_flags, "behind --")
-        run(read_grid(Path(values["grid"]), seeds=arguments.seeds), arguments, training_flags)
+        run(*parse_arguments(argv))
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Grid, GridArguments, dict[str, object]]:
+    """The grid, what is done with it, and the flags behind -- that every training run is given.
+
+    Raises:
+        InputError: an unknown flag, a value of the wrong kind, or a file that is no grid.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    position = argv.index("--") if "--" in argv else len(argv)
+    argv, training = argv[:position], argv[position + 1 :]
+    parser = FlagParser((GridArguments,), "idrm grid")
+    parser.add_argument("grid", metavar="GRID.YAML", help="The grid file; see docs/grids.md.")
+    parser.epilog = "Flags after -- are given to every training run: idrm grid GRID.YAML -- --max_steps 100"
+    values, _ = parser.values(argv)
+    require_at_least(values, {"jobs": 1, "eval_batch_size": 1})
+    arguments = GridArguments(**fields_of(GridArguments, values))
+    training_flags = given_flags(training)
+    require_free(training_flags, "behind --")
+    return read_grid(Path(values["grid"]), arguments.seeds, named_values(arguments.values)), arguments, training_flags
+
+
+def runs_of(grid: Grid, arguments: GridArguments, training: dict[str, object]) -> list[Run]:
+    """All its runs, row by row.
+
+    Raises:
+        InputError: flags that `idrm train` refuses, or a run's folder that holds another one.
+    """
+    folder = Path(arguments.output_dir).expanduser().absolute() / "runs"
+    runs = [row.run(folder, seed, training) for row in grid.rows for seed in row.seeds]
+    require_runnable(runs)
+    return runs
 
 
 def run(grid: Grid, arguments: GridArguments, training: dict[str, object]) -> None:
@@ -74,8 +99,11 @@ def run(grid: Grid, arguments: GridArguments, training: dict[str, object]) -> No
     require_program("--launcher", launcher)
     if not grid.benchmarks:
         raise InputError(f"{grid.title}: names no benchmarks to evaluate its rows on")
-    runs = [row.run(folder / "runs", seed, training) for row in grid.rows for seed in row.seeds]
-    require_runnable(runs)
+    runs = runs_of(grid, arguments, training)
+    scoring = Scoring(dtype=arguments.eval_dtype, batch_size=arguments.eval_batch_size)
+    models = [row for row in grid.rows if row.model is not None]
+    for row in models:
+        require_scorable(row.model, scoring)
     # What cannot be loaded is refused before hours of training.
     entries = [name if name == source else f"{name}={source}" for name, source in grid.benchmarks.items()]
     benchmarks = [load_benchmark(source, split=arguments.benchmark_split) for source in benchmark_sources(entries)]
@@ -88,16 +116,24 @@ def run(grid: Grid, arguments: GridArguments, training: dict[str, object]) -> No
             print(last_lines(failure.log), file=sys.stderr)
             logger.error("%s; the same command goes on from there", failure)
             sys.exit(failure.status)
-        scoring = Scoring(dtype=arguments.eval_dtype, batch_size=arguments.eval_batch_size)
-        outcomes: dict[str, dict[int, dict[str, Outcomes]]] = {}
+        outcomes: dict[str, dict[int | None, dict[str, Outcomes]]] = {row.name: {} for row in grid.rows}
         for run in runs:
-            outcomes.setdefault(run.row, {})[run.seed] = _outcomes(run, folder, benchmarks, scoring)
+            place = folder / "outcomes" / run.folder.parent.name / run.folder.name
+            label = f"{run.row}, seed {run.seed}"
+            outcomes[run.row][run.seed] = _outcomes(label, str(run.folder), place, benchmarks, scoring, moves=True)
+        for row in models:
+            place = folder / "outcomes" / row.slug / "model"
+            outcomes[row.name][None] = _outcomes(row.name, row.model, place, benchmarks, scoring, moves=False)
         write_table(folder, grid, cells_of(grid, columns, outcomes), benchmarks)
 
 
-def _outcomes(run: Run, folder: Path, benchmarks: Sequence[Benchmark], scoring: Scoring) -> dict[str, Outcomes]:
-    """By benchmark, measured once and then read."""
-    place = folder / "outcomes" / run.folder.parent.name / run.folder.name
+def _outcomes(
+    label: str, model: str, place: Path, benchmarks: Sequence[Benchmark], scoring: Scoring, *, moves: bool
+) -> dict[str, Outcomes]:
+    """What a model decided, by benchmark; measured once and then read.
+
+    `moves`: whether the model may have lain elsewhere then, as a run does whose grid was moved with it.
+    """
     files = {benchmark.name: place / f"{benchmark.name}.jsonl" for benchmark in benchmarks}
     found = {name: read_outcomes(path) for name, path in files.items() if path.exists()}
     for benchmark in benchmarks:
@@ -106,10 +142,14 @@ def _outcomes(run: Run, folder: Path, benchmarks: Sequence[Benchmark], scoring: 
             raise InputError(
                 f"{files[benchmark.name]}: was measured on other items of {benchmark.name}; give another --output_dir"
             )
+        if known is not None and not moves and known.origin["model"] != model:
+            raise InputError(
+                f"{files[benchmark.name]}: was measured of {known.origin['model']} and not of {model}; give another "
+                "--output_dir"
+            )
     missing = [benchmark for benchmark in benchmarks if benchmark.name not in found]
     if missing:
-        label = f"{run.row}, seed {run.seed}"
-        measured = evaluate_models({label: str(run.folder)}, missing, scoring)
+        measured = evaluate_models({label: model}, missing, scoring)
         for result in measured:
             write_outcomes(files[result.benchmark], result)
             found[result.benchmark] = result

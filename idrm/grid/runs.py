@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +16,7 @@ from typing import Any
 import yaml
 
 from idrm.arguments import RunConfiguration, parse_arguments
+from idrm.child_processes import REPOSITORY, Crew
 from idrm.command_line import RUN_FILE, flag_tokens
 from idrm.errors import InputError
 from idrm.processes import termination_as_exit
@@ -29,13 +24,11 @@ from idrm.run_folder import read_run_file
 
 logger = logging.getLogger(__name__)
 
-TRAIN_SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
+TRAIN_SCRIPT = REPOSITORY / "idrm" / "train.py"
 # Of a run that has begun: where it lies, on what it runs, and what no weight depends on.
 _FREE_TO_DIFFER = frozenset(
     ("output_dir", "use_cpu", "disable_tqdm", *RunConfiguration.free_to_change, *RunConfiguration.free_to_move)
 )
-_LINES_OF_A_FAILURE = 15
-_SECONDS_TO_END = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +89,6 @@ def require_runnable(runs: Sequence[Run]) -> None:
                 raise InputError(f"{run.folder}: holds another run, with {name} {was} and not {wanted}")
 
 
-def require_program(flag: str, launcher: Sequence[str]) -> None:
-    """Raises InputError for a launcher that is not there to be started."""
-    if not launcher or shutil.which(launcher[0]) is None:
-        raise InputError(f"{flag} {shlex.join(launcher)}: expected a program that is installed, and its arguments")
-
-
 def train_runs(
     runs: Sequence[Run],
     *,
@@ -128,10 +115,10 @@ def train_runs(
         logger.info("%d of %d runs are trained already.", len(runs) - len(waiting), len(runs))
     if not waiting:
         return
-    log_folder.mkdir(parents=True, exist_ok=True)
-    crew = _Crew(len(waiting), log_folder, list(launcher), jobs, tuple(inherited))
+    crew = Crew(jobs, inherited)
+    training = _Training(len(waiting), log_folder, launcher, crew)
     with termination_as_exit(), ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(crew.train, run) for run in waiting]
+        futures = [pool.submit(training.train, run) for run in waiting]
         try:
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in finished:
@@ -143,18 +130,15 @@ def train_runs(
             raise
 
 
-class _Crew:
-    """The processes at work; every method may be called from several threads."""
+class _Training:
+    """What is done with each run; may be called from several threads."""
 
-    def __init__(self, count: int, log_folder: Path, launcher: list[str], jobs: int, inherited: tuple[int, ...]):
+    def __init__(self, count: int, log_folder: Path, launcher: Sequence[str], crew: Crew):
         self.count = count
         self.log_folder = log_folder
         self.launcher = launcher
-        self.jobs = jobs
-        self.inherited = inherited
+        self.crew = crew
         self._lock = threading.Lock()
-        self._processes: set[subprocess.Popen] = set()
-        self._stopped = False
         self._finished = 0
         self._started_at = time.monotonic()
 
@@ -162,29 +146,12 @@ class _Crew:
         log = self.log_folder / ("-".join(run.folder.parts[-3:]) + ".log")
         # A run that has begun goes on from its last checkpoint, or from its first step where it has none.
         resume = ["--resume_from_checkpoint=true"] if (run.folder / RUN_FILE).exists() else []
-        command = [*self.launcher, str(TRAIN_SCRIPT), *run.tokens, *resume]
-        with log.open("w", encoding="utf-8") as output:
-            print(shlex.join(command), file=output, flush=True)
-            with self._lock:
-                if self._stopped:
-                    return
-                # A session of its own: an interruption at the keyboard ends it through `stop`, its children too.
-                process = subprocess.Popen(
-                    command,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment(),
-                    start_new_session=True,
-                    pass_fds=self.inherited,
-                )
-                self._processes.add(process)
-            status = process.wait()
+        status = self.crew.run([*self.launcher, str(TRAIN_SCRIPT), *run.tokens, *resume], log)
+        if status is None:
+            return
+        if status:
+            raise RunFailed(run, status, log)
         with self._lock:
-            self._processes.discard(process)
-            if self._stopped:
-                return
-            if status:
-                raise RunFailed(run, status, log)
             self._finished += 1
             left = (time.monotonic() - self._started_at) / self._finished * (self.count - self._finished)
             logger.info(
@@ -196,39 +163,6 @@ class _Crew:
                 run.folder,
                 left / 60,
             )
-
-    def stop(self) -> None:
-        """Ends all processes with their children: by SIGTERM, and by SIGKILL those that do not heed it."""
-        with self._lock:
-            self._stopped = True
-            running = list(self._processes)
-        for process in running:
-            _signal_group(process, signal.SIGTERM)
-        deadline = time.monotonic() + _SECONDS_TO_END
-        for process in running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, deadline - time.monotonic()))
-            _signal_group(process, signal.SIGKILL)
-
-    def _environment(self) -> dict[str, str]:
-        environment = {**os.environ}
-        paths = [str(TRAIN_SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        if self.jobs > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
-            # Threads that spin while they wait make small operations hundreds of times slower where cores are shared.
-            environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        return environment
-
-
-def _signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-def last_lines(log: Path) -> str:
-    """The end of a failed run's log, for the terminal."""
-    return "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-_LINES_OF_A_FAILURE:])
 
 
 def last_training_record(run: Run, name: str) -> float | None:

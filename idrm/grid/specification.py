@@ -17,7 +17,8 @@ from idrm.grid.runs import Run
 # What a grid gives every run itself.
 _ITS_OWN = ("seed", "output_dir")
 _KEYS = ("title", "benchmarks", "seeds", "training", "baseline", "rows")
-_ROW_KEYS = ("name", "config", "overrides", "seeds", "paper")
+_ROW_KEYS = ("name", "config", "overrides", "seeds", "model", "paper")
+_PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Row:
     Attributes:
         name: as the table has it; its folder is `slug`.
         flags: of `idrm train`, what the grid says of all rows included; `config` names a YAML file with more.
-        seeds: a run for each.
+        seeds: a run for each; none for a row with a model.
+        model: a finished model, which is evaluated and not trained; None for a row of runs.
         paper: what the paper printed of this row, by column of the table.
     """
 
     name: str
     flags: Mapping[str, Any]
     seeds: tuple[int, ...]
+    model: str | None = None
     paper: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -62,8 +65,12 @@ class Grid:
     benchmarks: Mapping[str, str]
 
 
-def read_grid(path: Path, seeds: Sequence[int] | None = None) -> Grid:
-    """Reads a grid file; `seeds` are those of every row, instead of the file's.
+def read_grid(path: Path, seeds: Sequence[int] | None = None, values: Mapping[str, str] | None = None) -> Grid:
+    """Reads a grid file.
+
+    Args:
+        seeds: those of every row of runs, instead of the file's.
+        values: what {name} in any of its strings stands for.
 
     ::
 
@@ -77,16 +84,37 @@ def read_grid(path: Path, seeds: Sequence[int] | None = None) -> Grid:
             config: run.yaml                # of idrm train, beside the grid file
             overrides: {flag: value}        # go before config and training; null takes one of those back
             seeds: [0, 1]                   # of this row, instead of the grid's
+            model: folder                   # instead of all these: a finished model, only evaluated
             paper: {column: number}         # what the paper printed, shown beside
 
     Raises:
-        InputError: no such file, not YAML, an unknown key, or a value of another kind than expected.
+        InputError: no such file, not YAML, an unknown key, a value of another kind than expected, or a name in braces
+            that has no value.
     """
-    grid = grid_of(read_yaml(path), str(path), path.parent)
+    grid = grid_of(filled(read_yaml(path), values or {}, str(path)), str(path), path.parent)
     if seeds is None:
         return grid
     seeds = _seeds(list(seeds), "--seeds")
-    return dataclasses.replace(grid, rows=tuple(dataclasses.replace(row, seeds=seeds) for row in grid.rows))
+    rows = (row if row.model is not None else dataclasses.replace(row, seeds=seeds) for row in grid.rows)
+    return dataclasses.replace(grid, rows=tuple(rows))
+
+
+def filled(content: Any, values: Mapping[str, str], where: str) -> Any:
+    """YAML content with {name} in its strings, keys aside, replaced by values.
+
+    Raises:
+        InputError: a name without a value.
+    """
+    if isinstance(content, dict):
+        return {key: filled(value, values, where) for key, value in content.items()}
+    if isinstance(content, list):
+        return [filled(value, values, where) for value in content]
+    if not isinstance(content, str):
+        return content
+    for name in _PLACEHOLDER.findall(content):
+        if name not in values:
+            raise InputError(f"{where}: {{{name}}} has no value: give it by --values {name}=...")
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], content)
 
 
 def read_yaml(path: Path) -> Any:
@@ -122,21 +150,27 @@ def grid_of(content: Any, where: str, folder: Path, more_keys: Sequence[str] = (
         require_free(overrides, f"{here}: overrides")
         flags |= overrides
         flags = {name: value for name, value in flags.items() if value is not None}
-        own_seeds = _seeds(entry.get("seeds"), f"{here}: seeds") or seeds
-        if not own_seeds:
+        model = entry.get("model")
+        if model is not None:
+            given = [key for key in ("config", "overrides", "seeds") if key in entry]
+            if not isinstance(model, str) or given:
+                found = f"{given[0]} beside it" if given else repr(model)
+                raise InputError(f"{here}: model: expected a model's folder or hub name alone, found {found}")
+        own_seeds = () if model is not None else _seeds(entry.get("seeds"), f"{here}: seeds") or seeds
+        if not own_seeds and model is None:
             raise InputError(f"{here}: expected seeds, here or for all rows")
         paper = _mapping(entry.get("paper") or {}, f"{here}: paper")
         for column, value in paper.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise InputError(f"{here}: paper: expected a number for {column!r}, found {value!r}")
-        rows.append(Row(entry["name"], flags, own_seeds, paper))
+        rows.append(Row(entry["name"], flags, own_seeds, model, paper))
     slugs = [row.slug for row in rows]
     for row in rows:
         if slugs.count(row.slug) > 1 or not row.slug:
             raise InputError(f"{where}: expected rows with names of their own, found {row.name!r} again or empty")
     baseline = content.get("baseline")
-    if baseline is not None and baseline not in [row.name for row in rows]:
-        raise InputError(f"{where}: baseline: expected the name of a row, found {baseline!r}")
+    if baseline is not None and baseline not in [row.name for row in rows if row.model is None]:
+        raise InputError(f"{where}: baseline: expected the name of a row of runs, found {baseline!r}")
     benchmarks = _mapping(content.get("benchmarks") or {}, f"{where}: benchmarks")
     return Grid(str(content.get("title") or where), tuple(rows), baseline, benchmarks)
 

@@ -63,7 +63,7 @@ class Cell:
     """One row's scores in one column, in percent.
 
     Attributes:
-        values: of every seed, in the row's order.
+        values: of every seed, in the row's order; of a row's model, its one.
         paper: what the paper printed, None where it is not known.
         difference: mean difference from the baseline over the seeds that both have; None for the baseline itself.
         wilcoxon: its p-value over these seeds.
@@ -76,12 +76,13 @@ class Cell:
 
 
 def cells_of(
-    grid: Grid, columns: Sequence[Column], outcomes: Mapping[str, Mapping[int, Mapping[str, Outcomes]]]
+    grid: Grid, columns: Sequence[Column], outcomes: Mapping[str, Mapping[int | None, Mapping[str, Outcomes]]]
 ) -> dict[str, dict[str, Cell]]:
-    """By row and column; `outcomes` are by row, seed and benchmark."""
+    """By row and column; `outcomes` are by row, seed (None of a row's model) and benchmark."""
     values = {
         row.name: {
-            column.name: {seed: column.value(outcomes[row.name][seed]) for seed in row.seeds} for column in columns
+            column.name: {seed: column.value(of_seed) for seed, of_seed in outcomes[row.name].items()}
+            for column in columns
         }
         for row in grid.rows
     }
@@ -119,7 +120,7 @@ def write_table(
     if grid.baseline is not None:
         differences = [["", *columns]]
         for row in grid.rows:
-            if row.name != grid.baseline:
+            if row.name != grid.baseline and row.model is None:
                 differences.append([row.name, *(_difference(cells[row.name][column]) for column in columns)])
         most = max(len(row.seeds) for row in grid.rows)
         text += [f"## Difference from {grid.baseline}", "", *_markdown(differences), ""]
@@ -165,6 +166,8 @@ def _difference(cell: Cell) -> str:
 
 
 def _seeds(row: Row) -> str:
+    if row.model is not None:
+        return "one model"
     return f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
 
 

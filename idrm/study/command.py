@@ -14,12 +14,13 @@ import torch
 import transformers
 from rich.progress import track
 
+from idrm.child_processes import last_lines
 from idrm.command_line import FlagParser, fields_of, require_at_least
 from idrm.errors import InputError, require_folder
 from idrm.evaluation.catalogue import load_pairs
 from idrm.evaluation.evaluation import evaluate_models
 from idrm.evaluation.outcomes import Outcomes, read_outcomes, write_outcomes
-from idrm.grid.runs import Run, RunFailed, last_lines, last_training_record, require_runnable, train_runs
+from idrm.grid.runs import Run, RunFailed, last_training_record, require_runnable, train_runs
 from idrm.processes import command
 from idrm.run_folder import require_writable, sole_use
 from idrm.study.findings import RowFindings, length_accuracy, length_preference, row_findings

@@ -47,6 +47,9 @@ def read_recipe(path: Path) -> Recipe:
     content = read_yaml(path)
     where = str(path)
     grid = grid_of(content, where, path.parent, _KEYS)
+    for row in grid.rows:
+        if row.model is not None:
+            raise InputError(f"{where}: row {row.name!r}: model: a study trains all its rows on folds of their own")
     folds, fold_seed = (_integer(content.get(name, default), f"{where}: {name}") for name, default in _INTEGERS)
     if folds < 2:
         raise InputError(f"{where}: folds: expected 2 at least, found {folds}")

@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from idrm import child_processes
 from idrm.arguments import parse_arguments
+from idrm.child_processes import last_lines, require_program
 from idrm.errors import InputError
-from idrm.grid import runs as grid_runs
 from idrm.grid.runs import (
     Run,
     RunFailed,
-    last_lines,
     last_training_record,
-    require_program,
     require_runnable,
     train_runs,
 )
@@ -98,7 +97,7 @@ def test_the_first_failure_ends_the_others(tmp_path, launcher):
 
 def test_sigterm_ends_the_runs_too_those_that_do_not_heed_it(tmp_path, launcher, monkeypatch):
     command, log = launcher
-    monkeypatch.setattr(grid_runs, "_SECONDS_TO_END", 0.5)
+    monkeypatch.setattr(child_processes, "_SECONDS_TO_END", 0.5)
 
     def terminate():
         while not any(line.startswith("deaf") for line in log()):
