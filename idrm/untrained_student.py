@@ -1,4 +1,4 @@
-"""An untrained student: a tiny Llama with a byte-level BPE of its own, saved for from_pretrained."""
+"""An untrained student or policy: a tiny Llama with a byte-level BPE of its own, saved for from_pretrained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaPreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 PAD_TOKEN, END_TOKEN = "<|pad|>", "<|end|>"
 
@@ -41,8 +47,14 @@ def train_tokenizer(texts: list[str], size: Size) -> PreTrainedTokenizerFast:
     )
 
 
-def save_untrained(folder: Path, texts: list[str], seed: int, size: Size) -> None:
-    """Saves an untrained reward model and its tokenizer into `folder`, whole or not at all."""
+def save_untrained(
+    folder: Path,
+    texts: list[str],
+    seed: int,
+    size: Size,
+    kind: type[LlamaPreTrainedModel] = LlamaForSequenceClassification,
+) -> None:
+    """Saves an untrained model, a reward model unless told otherwise, and its tokenizer, whole or not at all."""
     tokenizer = train_tokenizer(texts, size)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -62,6 +74,6 @@ def save_untrained(folder: Path, texts: list[str], seed: int, size: Size) -> Non
     set_seed(seed)
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    LlamaForSequenceClassification(config).save_pretrained(unfinished)
+    kind(config).save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     os.replace(unfinished, folder)

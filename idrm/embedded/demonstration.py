@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from idrm.arguments import RunConfiguration
-from idrm.embedded.generator import Sizes, read_data, write_data
+from idrm.embedded.generator import Sizes
+from idrm.embedded.materials import write_data_and_student
 from idrm.embedded.report import print_report
 from idrm.embedded.stages import (
-    TRAIN_SAMPLE,
     Stage,
     StageFailed,
     is_first_rank,
@@ -25,7 +23,6 @@ from idrm.embedded.stages import (
     write_atomically,
 )
 from idrm.errors import InputError
-from idrm.untrained_student import Size, save_untrained
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +69,7 @@ def run(config: RunConfiguration) -> None:
 def _run_seed(run_folder: Path, seed: int, config: RunConfiguration) -> None:
     if is_first_rank():
         # In whatever stage comes next, the other ranks' processes wait for this rank's before they read files.
-        _prepare(run_folder, seed)
+        write_data_and_student(run_folder, seed, Sizes())
 
     def student_stage(number: int, name: str, title: str, **flags: Any) -> Stage:
         return Stage(
@@ -90,21 +87,6 @@ def _run_seed(run_folder: Path, seed: int, config: RunConfiguration) -> None:
     if config.embedded.embedded_control:
         stages.append(student_stage(4, "control", "student, control with uniform maps", teacher_control="uniform"))
     run_stages(run_folder, stages)
-
-
-def _prepare(run_folder: Path, seed: int) -> None:
-    """Writes data and untrained student where an earlier launch has not."""
-    data = run_folder / "data"
-    if not data.exists():
-        unfinished = run_folder / ".data-unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_data(unfinished, seed, Sizes())
-        sample = (unfinished / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[: Sizes.evaluation]
-        (unfinished / f"{TRAIN_SAMPLE}.jsonl").write_text("".join(sample), encoding="utf-8")
-        os.replace(unfinished, data)
-    if not (run_folder / "student").exists():
-        texts = [text for pair in read_data(data / "train.jsonl") for text in pair.values()]
-        save_untrained(run_folder / "student", texts, seed, Size())
 
 
 def _claim(folder: Path, config: RunConfiguration) -> None:

@@ -31,6 +31,10 @@ class GridArguments:
     """What is done with a grid."""
 
     output_dir: str = field(default="idrm-grid", metadata={"help": "Folder for runs, outcomes, logs and the table."})
+    runs_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the runs, which grids may share. Default: runs in --output_dir."},
+    )
     seeds: list[int] | None = field(default=None, metadata={"help": "Seeds of every row, instead of the file's."})
     values: list[str] | None = field(
         default=None, metadata={"help": "What {name} in the file stands for: name=value ..."}
@@ -77,7 +81,7 @@ def runs_of(grid: Grid, arguments: GridArguments, training: dict[str, object]) -
     Raises:
         InputError: flags that `idrm train` refuses, or a run's folder that holds another one.
     """
-    folder = Path(arguments.output_dir).expanduser().absolute() / "runs"
+    folder = Path(arguments.runs_dir or f"{arguments.output_dir}/runs").expanduser().absolute()
     runs = [row.run(folder, seed, training) for row in grid.rows for seed in row.seeds]
     require_runnable(runs)
     return runs
@@ -96,6 +100,8 @@ def run(grid: Grid, arguments: GridArguments, training: dict[str, object]) -> No
     folder = Path(arguments.output_dir).expanduser().absolute()
     launcher = shlex.split(arguments.launcher)
     require_writable("--output_dir", folder)
+    if arguments.runs_dir is not None:
+        require_writable("--runs_dir", Path(arguments.runs_dir).expanduser())
     require_program("--launcher", launcher)
     if not grid.benchmarks:
         raise InputError(f"{grid.title}: names no benchmarks to evaluate its rows on")

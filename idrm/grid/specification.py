@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from idrm.errors import InputError
 from idrm.grid.runs import Run
+from idrm.yaml_files import filled, read_yaml, require_mapping
 
 # What a grid gives every run itself.
 _ITS_OWN = ("seed", "output_dir")
 _KEYS = ("title", "benchmarks", "seeds", "training", "baseline", "rows")
 _ROW_KEYS = ("name", "config", "overrides", "seeds", "model", "paper")
-_PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 
 
 @dataclass(frozen=True)
@@ -99,40 +97,11 @@ def read_grid(path: Path, seeds: Sequence[int] | None = None, values: Mapping[st
     return dataclasses.replace(grid, rows=tuple(rows))
 
 
-def filled(content: Any, values: Mapping[str, str], where: str) -> Any:
-    """YAML content with {name} in its strings, keys aside, replaced by values.
-
-    Raises:
-        InputError: a name without a value.
-    """
-    if isinstance(content, dict):
-        return {key: filled(value, values, where) for key, value in content.items()}
-    if isinstance(content, list):
-        return [filled(value, values, where) for value in content]
-    if not isinstance(content, str):
-        return content
-    for name in _PLACEHOLDER.findall(content):
-        if name not in values:
-            raise InputError(f"{where}: {{{name}}} has no value: give it by --values {name}=...")
-    return _PLACEHOLDER.sub(lambda match: values[match[1]], content)
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds; InputError where there is none, with the line that is not YAML."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(f"{path}{f':{mark.line + 1}' if mark else ''}: is not valid YAML") from error
-
-
 def grid_of(content: Any, where: str, folder: Path, more_keys: Sequence[str] = ()) -> Grid:
     """A grid from a file's content (`read_grid`); `more_keys` are legal and for the caller."""
-    content = _mapping(content, where, (*_KEYS, *more_keys))
+    content = require_mapping(content, where, (*_KEYS, *more_keys))
     seeds = _seeds(content.get("seeds"), f"{where}: seeds")
-    training = _mapping(content.get("training") or {}, f"{where}: training")
+    training = require_mapping(content.get("training") or {}, f"{where}: training")
     require_free(training, f"{where}: training")
     entries = content.get("rows")
     if not isinstance(entries, list) or not entries:
@@ -140,13 +109,13 @@ def grid_of(content: Any, where: str, folder: Path, more_keys: Sequence[str] = (
     rows = []
     for number, entry in enumerate(entries, start=1):
         here = f"{where}: row {number}"
-        entry = _mapping(entry, here, _ROW_KEYS)
+        entry = require_mapping(entry, here, _ROW_KEYS)
         if not isinstance(entry.get("name"), str) or not entry["name"]:
             raise InputError(f"{here}: expected a name")
-        flags = dict(training)
+        flags = {} if entry.get("model") is not None else dict(training)
         if entry.get("config") is not None:
             flags = {"config": folder / str(entry["config"]), **flags}
-        overrides = _mapping(entry.get("overrides") or {}, f"{here}: overrides")
+        overrides = require_mapping(entry.get("overrides") or {}, f"{here}: overrides")
         require_free(overrides, f"{here}: overrides")
         flags |= overrides
         flags = {name: value for name, value in flags.items() if value is not None}
@@ -159,7 +128,7 @@ def grid_of(content: Any, where: str, folder: Path, more_keys: Sequence[str] = (
         own_seeds = () if model is not None else _seeds(entry.get("seeds"), f"{here}: seeds") or seeds
         if not own_seeds and model is None:
             raise InputError(f"{here}: expected seeds, here or for all rows")
-        paper = _mapping(entry.get("paper") or {}, f"{here}: paper")
+        paper = require_mapping(entry.get("paper") or {}, f"{here}: paper")
         for column, value in paper.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise InputError(f"{here}: paper: expected a number for {column!r}, found {value!r}")
@@ -171,7 +140,7 @@ def grid_of(content: Any, where: str, folder: Path, more_keys: Sequence[str] = (
     baseline = content.get("baseline")
     if baseline is not None and baseline not in [row.name for row in rows if row.model is None]:
         raise InputError(f"{where}: baseline: expected the name of a row of runs, found {baseline!r}")
-    benchmarks = _mapping(content.get("benchmarks") or {}, f"{where}: benchmarks")
+    benchmarks = require_mapping(content.get("benchmarks") or {}, f"{where}: benchmarks")
     return Grid(str(content.get("title") or where), tuple(rows), baseline, benchmarks)
 
 
@@ -180,15 +149,6 @@ def require_free(flags: Mapping[str, Any], where: str) -> None:
     for name in _ITS_OWN:
         if name in flags:
             raise InputError(f"{where}: {name}: is the grid's to give; expected other flags of `idrm train`")
-
-
-def _mapping(value: Any, where: str, keys: Sequence[str] | None = None) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected a mapping, found {type(value).__name__}")
-    unknown = [key for key in value if keys is not None and key not in keys]
-    if unknown:
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; expected one of {', '.join(keys)}")
-    return value
 
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:

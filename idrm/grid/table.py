@@ -116,14 +116,14 @@ def write_table(
         if row.paper:
             printed = [cells[row.name][column].paper for column in columns]
             lines.append([f"{row.name}, {PAPER}", *("" if value is None else f"{value:.2f}" for value in printed)])
-    text = [f"# {grid.title}", "", *_markdown(lines), "", "Percent, mean over the seeds and their range.", ""]
+    text = [f"# {grid.title}", "", *markdown_table(lines), "", "Percent, mean over the seeds and their range.", ""]
     if grid.baseline is not None:
         differences = [["", *columns]]
         for row in grid.rows:
             if row.name != grid.baseline and row.model is None:
                 differences.append([row.name, *(_difference(cells[row.name][column]) for column in columns)])
         most = max(len(row.seeds) for row in grid.rows)
-        text += [f"## Difference from {grid.baseline}", "", *_markdown(differences), ""]
+        text += [f"## Difference from {grid.baseline}", "", *markdown_table(differences), ""]
         explanation = (
             "Points, mean over the seeds that both have, with the p-value of Wilcoxon's signed ranks over these seeds, "
             f"which for {most} seeds cannot be below {smallest_wilcoxon(most):.3g}. `idrm compare` gives intervals."
@@ -171,6 +171,7 @@ def _seeds(row: Row) -> str:
     return f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines of Markdown; the first line is its head."""
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     return [head, "|" + " --- |" * len(lines[0]), *body]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -31,6 +30,12 @@ def usage() -> str:
     )
 
 
+def require_extra(action: str) -> None:
+    """Raises InputError for an action that needs TRL where it is not installed."""
+    if action != "generate" and importlib.util.find_spec("trl") is None:
+        raise InputError(f"idrm policy {action}: needs TRL, which is not installed here: {EXTRA}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the action; bad input and an interruption are one line on stderr, status 2 and 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -43,8 +48,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     with command():
         if action not in ACTIONS:
             raise InputError(f"{f'idrm policy {action}'.strip()}: expected one of {', '.join(ACTIONS)}")
-        if action != "generate" and importlib.util.find_spec("trl") is None:
-            raise InputError(f"idrm policy {action}: needs TRL, which is not installed here: {EXTRA}")
-        # That PPO may change with the next release is why one release is pinned.
-        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+        require_extra(action)
         import_module(ACTIONS[action][0]).run(action, [*flags, *launched])

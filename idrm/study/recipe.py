@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from idrm.errors import InputError
-from idrm.grid.specification import Grid, grid_of, read_yaml
+from idrm.grid.specification import Grid, grid_of
 from idrm.untrained_student import Size
+from idrm.yaml_files import read_yaml
 
 _KEYS = ("folds", "fold_seed", "student", "teacher")
 _INTEGERS = (("folds", 5), ("fold_seed", 0))

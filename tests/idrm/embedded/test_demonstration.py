@@ -18,7 +18,7 @@ def stages_seen(monkeypatch):
     """Runs no stage and prints no table, and returns the stages that were asked for."""
     seen = []
     monkeypatch.setattr(demonstration, "run_stages", lambda folder, stages: seen.append((folder, stages)))
-    monkeypatch.setattr(demonstration, "_prepare", lambda folder, seed: None)
+    monkeypatch.setattr(demonstration, "write_data_and_student", lambda folder, seed, sizes: None)
     monkeypatch.setattr(demonstration, "print_report", lambda folder, runs: seen.append((folder, runs)))
     monkeypatch.delenv("RANK", raising=False)
     return seen
