@@ -53,12 +53,18 @@ def filled(content: Any, values: Mapping[str, str], where: str) -> Any:
     return _PLACEHOLDER.sub(lambda match: values[match[1]], content)
 
 
-def names_in_braces(content: Any) -> Iterator[str]:
-    """Every {name} in the strings of YAML content, keys aside."""
+def strings_in(content: Any) -> Iterator[str]:
+    """Every string in YAML content, keys aside."""
     if isinstance(content, Mapping):
         content = list(content.values())
     if isinstance(content, (list, tuple)):
         for entry in content:
-            yield from names_in_braces(entry)
+            yield from strings_in(entry)
     elif isinstance(content, str):
-        yield from _PLACEHOLDER.findall(content)
+        yield content
+
+
+def names_in_braces(content: Any) -> Iterator[str]:
+    """Every {name} in the strings of YAML content, keys aside."""
+    for text in strings_in(content):
+        yield from _PLACEHOLDER.findall(text)

@@ -10,7 +10,7 @@ from typing import Any
 
 from idrm.errors import InputError
 from idrm.pipeline.commands import COMMANDS, Command
-from idrm.yaml_files import filled, names_in_braces, read_yaml, require_mapping
+from idrm.yaml_files import filled, names_in_braces, read_yaml, require_mapping, strings_in
 
 _KEYS = ("title", "note", "values", "embedded_judge", "steps", "tables")
 _STEP_KEYS = ("command", "each", "inputs", "config", "flags", "training")
@@ -45,9 +45,14 @@ class Step:
         return COMMANDS[self.kind]
 
     @property
+    def texts(self) -> list[str]:
+        """All strings in which names may stand in braces."""
+        return list(strings_in([self.inputs, self.flags, self.training]))
+
+    @property
     def placeholders(self) -> list[str]:
         """The names in braces, in the order they stand there."""
-        return list(names_in_braces([self.inputs, self.flags, self.training]))
+        return list(names_in_braces(self.texts))
 
     @property
     def files(self) -> list[Path]:

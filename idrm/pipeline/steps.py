@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from idrm.child_processes import Crew
 from idrm.command_line import RUN_FILE, flag_tokens
 from idrm.errors import InputError
+from idrm.grid.runs import Run
 from idrm.pipeline.specification import Pipeline, Step
 from idrm.processes import termination_as_exit
 from idrm.run_folder import write_whole
@@ -98,18 +100,24 @@ def require_runnable(pipeline: Pipeline, place: Place) -> None:
     """Parses every step's flags as its command will, and holds finished steps against what the file says now.
 
     Raises:
-        InputError: flags that a command refuses, a file that is not there, or a folder that holds another pipeline.
+        InputError: flags that a command refuses, a file that is not there, a run that no row of a grid makes, or a
+            folder that holds another pipeline.
     """
     names = names_of(pipeline, place, "http://localhost")
     finished = read_finished(place.folder)
+    runs: dict[str, list[Run]] = {}
     for step in pipeline.steps:
         for path in step.files:
             if not path.is_file():
                 raise InputError(f"step {step.name}: {path}: no such file")
+        for text in step.texts:
+            _require_run(step, text, runs, names)
         try:
-            step.command.check(place.tokens(step, names))
+            checked = step.command.check(place.tokens(step, names))
         except InputError as error:
             raise InputError(f"step {step.name}: {error}") from error
+        if step.command.is_grid:
+            runs[step.name] = checked
         before = finished.get(step.name, {}).get("step")
         now = json.loads(json.dumps(place.description(step, pipeline)))
         if before is not None and before != now:
@@ -117,6 +125,16 @@ def require_runnable(pipeline: Pipeline, place: Place) -> None:
             raise InputError(
                 f"--output_dir {place.folder}: step {step.name} was run with other {part}; give another folder"
             )
+
+
+def _require_run(step: Step, text: str, runs: Mapping[str, Sequence[Run]], names: Mapping[str, str]) -> None:
+    """Refuses {grid}/runs/... where that grid trains nothing in such a folder."""
+    for grid, of_grid in runs.items():
+        if text.startswith(f"{{{grid}}}/runs/"):
+            wanted = filled(text, names, step.name)
+            if not any(fnmatch(str(run.folder), wanted) for run in of_grid):
+                made = ", ".join(sorted({str(run.folder.relative_to(run.folder.parents[2])) for run in of_grid})[:3])
+                raise InputError(f"step {step.name}: {text}: {grid} makes no such run; it makes {made} ...")
 
 
 def names_of(pipeline: Pipeline, place: Place, judge: str | None) -> dict[str, str]:
