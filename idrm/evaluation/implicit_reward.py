@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from idrm.alignment.rendering import Message
-from idrm.errors import InputError, refusals
+from idrm.errors import InputError
 from idrm.evaluation.batching import DEFAULT_BATCH_SIZE, score_in_batches
-from idrm.evaluation.reading import MessageReader, load_config, load_tokenizer, readable_length, torch_dtype_of
+from idrm.evaluation.reading import MessageReader, load_config, load_tokenizer, load_whole, readable_length
 from idrm.evaluation.reward_model import padded_right
 
 DEFAULT_BETA = 0.1
@@ -172,21 +172,13 @@ def load_implicit_reward_model(
         if name is None:
             models.append(None)
             continue
-        with refusals(name):
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=torch_dtype_of(dtype),
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        missing = sorted(loading["missing_keys"])
-        if missing:
-            raise InputError(
-                f"{name}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, among them "
-                f"{missing[0]}"
-            )
+        model = load_whole(
+            AutoModelForCausalLM,
+            name,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
         models.append(model.to(device).eval())
     return ImplicitRewardModel(models[0], models[1], beta, tokenizer, length, reader)
 

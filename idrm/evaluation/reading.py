@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from idrm.alignment import PairEncoder
 from idrm.alignment.encoding import MIN_LENGTH
@@ -59,6 +60,34 @@ def load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     require_folder(name_or_path, name_or_path)
     with refusals(name_or_path):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+
+
+def load_whole(
+    auto: type, name_or_path: str, *, what: str | None = None, dtype: str, **options: Any
+) -> PreTrainedModel:
+    """A model from a folder or the hub, from safetensors only, none of whose weights is missing there.
+
+    Args:
+        auto: transformers' class for its kind, such as `AutoModelForCausalLM`.
+        what: what an error calls it; None for its name.
+        dtype: as `torch_dtype_of` has it.
+        options: of `from_pretrained`: config, attn_implementation, trust_remote_code.
+
+    Raises:
+        InputError: nothing loadable there, or weights that the checkpoint lacks.
+    """
+    what = name_or_path if what is None else what
+    with refusals(what):
+        model, loading = auto.from_pretrained(
+            name_or_path, dtype=torch_dtype_of(dtype), use_safetensors=True, output_loading_info=True, **options
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{what}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}: "
+            "no such model was saved there"
+        )
+    return model
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from idrm.alignment.rendering import Message
-from idrm.errors import InputError, refusals
+from idrm.errors import InputError
 from idrm.evaluation.batching import DEFAULT_BATCH_SIZE, score_in_batches
-from idrm.evaluation.reading import MessageReader, load_config, load_tokenizer, readable_length, torch_dtype_of
+from idrm.evaluation.reading import MessageReader, load_config, load_tokenizer, load_whole, readable_length
 
 
 @dataclass(frozen=True)
@@ -134,22 +134,14 @@ def load_reward_model(
     length = readable_length(config, max_length)
     tokenizer = load_tokenizer(name_or_path, trust_remote_code)
     reader = MessageReader(tokenizer, length)
-    with refusals(name_or_path):
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=torch_dtype_of(dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise InputError(
-            f"{name_or_path}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, among them "
-            f"{missing[0]}: no reward model was saved there"
-        )
+    model = load_whole(
+        AutoModelForSequenceClassification,
+        name_or_path,
+        dtype=dtype,
+        config=config,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
     return RewardModel(model.to(device).eval(), tokenizer, length, reader)
 
 

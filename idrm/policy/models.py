@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from idrm.alignment import frozen_chat_template
 from idrm.errors import InputError, refusals, require_folder
-from idrm.evaluation.reading import load_tokenizer
-from idrm.models import RESERVED_PAD_TOKENS, torch_dtype
+from idrm.evaluation.reading import load_tokenizer, load_whole
+from idrm.models import RESERVED_PAD_TOKENS
 
 
 def load_policy_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -47,20 +47,17 @@ def load_policy(
     what = f"--model_name_or_path {name_or_path}"
     with refusals(what):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        if any("ForSequenceClassification" in architecture for architecture in config.architectures or ()):
-            raise InputError(f"{what}: is a sequence classifier; expected a language model")
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=torch_dtype(dtype) or "auto",
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    if loading["missing_keys"]:
-        raise InputError(f"{what}: lacks weights, such as {sorted(loading['missing_keys'])[0]}")
-    return model
+    if any("ForSequenceClassification" in architecture for architecture in config.architectures or ()):
+        raise InputError(f"{what}: is a sequence classifier; expected a language model")
+    return load_whole(
+        AutoModelForCausalLM,
+        name_or_path,
+        what=what,
+        dtype=dtype,
+        config=config,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def require_shared_tokenizer(
