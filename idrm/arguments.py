@@ -131,6 +131,14 @@ class DataArguments:
             "help": "Pairs to evaluate on. Several are given as name=path; their metrics are called eval_<name>_..."
         },
     )
+    share_prompt: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={
+            "help": "Whether a batch's pairs stand in one row without padding, and what both sequences of a pair begin "
+            "with is read once: the same rewards and gradients up to rounding, in less time. 'auto': where the student "
+            "and its attention allow it; 'on': refuse those that do not."
+        },
+    )
     eval_dataset_split: str = field(
         default="test", metadata={"help": "Split of hub names and folders in --eval_dataset_name."}
     )

@@ -1,4 +1,4 @@
-"""Encoded pairs to one padded batch, with the packed indices and the MapLayout that the interaction loss needs."""
+"""Encoded pairs to one batch, padded or in one row, with the indices and the MapLayout of the interaction loss."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from idrm.objectives.pair_order import ORDER_COLUMN
+from idrm.shared_prompts.packing import pack_pairs
 from idrm.teacher_cache.cache import CachedAttention, TeacherCache
 from idrm_kernels import MapLayout
 
@@ -27,7 +28,8 @@ class InteractionInputs:
     Attributes:
         teacher_input_ids, teacher_attention_mask, teacher_token_type_ids: (R, M) int64, chosen and rejected jointly; a
             row a pair, or where a pair is read in windows a row for each.
-        student_index: (total_tokens,) int64, row * N + position in the student's (2B, N) batch.
+        student_index: (total_tokens,) int64, row * N + position in the student's (2B, N) batch, or the place in its one
+            row, where a shared prompt's tokens stand once and are named for both segments.
         teacher_index: (teacher_total_tokens,) int64, row * M + position in the teacher's batch.
         teacher_positions: (teacher_total_tokens,) int32, positions in the joint input, specials counted, padding not;
             of a pair read in windows, in the one input that would hold it whole.
@@ -77,11 +79,14 @@ class PairCollator:
         teacher_tokenizer: None for Bradley-Terry alone.
         interaction_rows: "all", or "response" to weigh the prompt's rows 0.
         cache: looked up for every pair, for a ``CachedTeacher``.
+        share_prompt: whether pairs stand in one row without padding, each common beginning in it once
+            (`idrm.shared_prompts`), for a model that can read them so.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` (2B, N) int64, rows 0..B-1 chosen and B..2B-1 rejected; ``margin`` (B,)
-        float32 where a pair has one (0 for the others); ``chosen_is_first`` (B,) bool where the pairs' order was drawn;
-        ``interaction``, an InteractionInputs, with a teacher.
+        ``input_ids`` and ``attention_mask`` (2B, N) int64, rows 0..B-1 chosen and B..2B-1 rejected, or
+        ``packed_pairs``, a PackedPairs, with its ``input_ids``; ``lengths`` (2, B) int64, tokens of the sequences;
+        ``margin`` (B,) float32 where a pair has one (0 for the others); ``chosen_is_first`` (B,) bool where the pairs'
+        order was drawn; ``interaction``, an InteractionInputs, with a teacher.
     """
 
     def __init__(
@@ -90,33 +95,49 @@ class PairCollator:
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         interaction_rows: Literal["all", "response"] = "all",
         cache: TeacherCache | None = None,
+        share_prompt: bool = False,
     ):
         self.tokenizer = tokenizer
         self.teacher_tokenizer = teacher_tokenizer
         self.interaction_rows = interaction_rows
         self.cache = cache
+        self.share_prompt = share_prompt
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        sequences = [pair["chosen_input_ids"] for pair in pairs] + [pair["rejected_input_ids"] for pair in pairs]
-        input_ids, attention_mask = _pad(sequences, self.tokenizer.pad_token_id)
-        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        sides = [[pair[column] for pair in pairs] for column in ("chosen_input_ids", "rejected_input_ids")]
+        batch: dict[str, Any] = {"lengths": torch.tensor([[len(sequence) for sequence in side] for side in sides])}
+        if self.share_prompt:
+            packed = pack_pairs(*sides)
+            batch |= {"input_ids": packed.input_ids, "packed_pairs": packed}
+
+            def place(example: int, segment: int, position: int) -> int:
+                return packed.pairs[example].place(segment, position)
+
+        else:
+            batch["input_ids"], batch["attention_mask"] = _pad([*sides[0], *sides[1]], self.tokenizer.pad_token_id)
+            width = batch["input_ids"].shape[1]
+
+            def place(example: int, segment: int, position: int) -> int:
+                return (segment * len(pairs) + example) * width + position
+
         margins = [pair.get("margin") for pair in pairs]
         if any(margin is not None for margin in margins):
             batch["margin"] = torch.tensor([margin or 0.0 for margin in margins], dtype=torch.float32)
         if ORDER_COLUMN in pairs[0]:
             batch[ORDER_COLUMN] = torch.tensor([pair[ORDER_COLUMN] for pair in pairs])
         if self.teacher_tokenizer is not None:
-            inputs = self._interaction(pairs, input_ids.shape[1])
+            inputs = self._interaction(pairs, place)
             if self.cache is not None:
-                cached = self.cache.batch(
-                    pairs, inputs.layout.max_units, lambda pair: self._interaction([pair], input_ids.shape[1])
-                )
+                # For the teacher, to whom it makes no difference where the student's tokens stand.
+                cached = self.cache.batch(pairs, inputs.layout.max_units, lambda pair: self._interaction([pair], place))
                 inputs = dataclasses.replace(inputs, cached=cached)
             batch["interaction"] = inputs
         return batch
 
-    def _interaction(self, pairs: Sequence[Mapping[str, Any]], width: int) -> InteractionInputs:
-        """Packs the tokens that take part, of student sequences padded to ``width``."""
+    def _interaction(
+        self, pairs: Sequence[Mapping[str, Any]], place: Callable[[int, int, int], int]
+    ) -> InteractionInputs:
+        """Packs the tokens that take part; ``place`` says of (example, segment, position) where the student has it."""
         teacher = self.teacher_tokenizer
         teacher_ids, teacher_mask = _pad(_windows(pairs, "teacher_input_ids"), teacher.pad_token_id)
         teacher_types, _ = _pad(_windows(pairs, "teacher_token_type_ids"), teacher.pad_token_type_id)
@@ -134,9 +155,8 @@ class PairCollator:
             ]
             first_row += len(lengths)
             for segment in range(SEGMENTS):
-                row = segment * len(pairs) + example
                 positions, joint_positions = pair["student_positions"][segment], pair["teacher_positions"][segment]
-                student_index += [row * width + position for position in positions]
+                student_index += [place(example, segment, position) for position in positions]
                 teacher_index += [padded[place] for place in pair["teacher_places"][segment]]
                 teacher_positions += joint_positions
                 student_units += [total_units + unit for unit in pair["student_units"][segment]]

@@ -19,7 +19,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from idrm.alignment import PairEncoder, encode_preferences, exchange_teacher_texts
 from idrm.arguments import (
@@ -43,6 +43,7 @@ from idrm.objectives import PreferenceLoss, attach_bottleneck, draw_pair_order, 
 from idrm.preference import PairColumns, load_preferences
 from idrm.processes import command, prepare_training, require_trainable_setup
 from idrm.run_folder import resume_checkpoint, write_run_file
+from idrm.shared_prompts import packed_attention_refusal, read_packed_pairs
 from idrm.teacher_cache import CachedTeacher, ReleaseTeacher, TeacherCache, prepare_cache_folder
 from idrm.trainer import RewardTrainer
 
@@ -92,6 +93,7 @@ def train(config: RunConfiguration) -> None:
     _require_known_metric(args.metric_for_best_model, eval_sources, metrics)
 
     encoder = _pair_encoder(config, args, tokenizer, teacher, longest_input(student_config))
+    share_prompt = _shares_prompts(config, student_config, encoder.max_length)
     train_set = _encoded_pairs(config, args, encoder, config.data.dataset_name, trains=True)
     eval_sets = {name: _encoded_pairs(config, args, encoder, source) for name, source in eval_sources.items()}
     cache = _open_cache(config, teacher, [train_set, *eval_sets.values()])
@@ -111,11 +113,15 @@ def train(config: RunConfiguration) -> None:
     student = load_student(config.model, student_config, tokenizer)
     if objective.inform_latent_size:
         attach_bottleneck(student, objective.inform_latent_size, objective.inform_kl)
+    if share_prompt:
+        read_packed_pairs(student)
     with refused_arguments():
         trainer = RewardTrainer(
             student,
             args,
-            PairCollator(tokenizer, teacher and teacher.tokenizer, config.interaction.interaction_rows, cache),
+            PairCollator(
+                tokenizer, teacher and teacher.tokenizer, config.interaction.interaction_rows, cache, share_prompt
+            ),
             train_set,
             eval_sets.get("", eval_sets) or None,
             processing_class=tokenizer,
@@ -164,6 +170,22 @@ def _load_teacher(config: RunConfiguration, args: RewardTrainingArguments) -> Te
         attn_implementation=config.model.teacher_attn_implementation,
         dtype=torch_dtype(config.model.teacher_dtype),
     )
+
+
+def _shares_prompts(config: RunConfiguration, student: PreTrainedConfig, longest: int) -> bool:
+    """Whether prompts are read once; says why not, where they are not and might have been."""
+    asked = config.data.share_prompt
+    if asked == "off":
+        return False
+    refusal = packed_attention_refusal(student, config.model.attn_implementation, longest)
+    if config.training["torch_compile"]:
+        refusal = "under --torch_compile every batch would be compiled anew"
+    if refusal is None:
+        return True
+    if asked == "on":
+        raise InputError(f"--share_prompt on: {refusal}")
+    logger.info("A pair's prompt is read in both of its sequences: %s.", refusal)
+    return False
 
 
 def _open_cache(config: RunConfiguration, teacher: Teacher | None, data_sets: Sequence[Dataset]) -> TeacherCache | None:

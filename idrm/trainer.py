@@ -106,7 +106,7 @@ class RewardTrainer(CheckpointingTrainer):
                 with torch.no_grad():
                     uniform_student = self.interaction.uniform_attention(student)
                     uniform = self.interaction.batch_loss(uniform_student, teacher, batch).loss
-        rows = pair_rows(rewards, _lengths(inputs), loss, preference, interaction, uniform, latent_kl)
+        rows = pair_rows(rewards, inputs["lengths"], loss, preference, interaction, uniform, latent_kl)
         self._sums += rows.sum(0)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
@@ -128,7 +128,7 @@ class RewardTrainer(CheckpointingTrainer):
             interaction = self.interaction.pair_losses(student, teacher, batch)
             uniform = self.interaction.pair_losses(self.interaction.uniform_attention(student), teacher, batch).loss
             loss = loss + self.alpha * interaction.loss
-        rows = pair_rows(rewards, _lengths(inputs), loss, preference, interaction, uniform, latent_kl)
+        rows = pair_rows(rewards, inputs["lengths"], loss, preference, interaction, uniform, latent_kl)
         # The loop computes metrics only where there are labels; these say that each row is one pair.
         return None, rows, rows.new_ones(len(rows))
 
@@ -147,7 +147,8 @@ class RewardTrainer(CheckpointingTrainer):
     def _forward(self, model, inputs) -> tuple[Tensor, list[PackedAttention]]:
         """Rewards (2, B) float32 of chosen and rejected, and the supervised blocks' content tokens."""
         with self.capture.recording() if self.capture else contextlib.nullcontext():
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+            names = ("packed_pairs",) if "packed_pairs" in inputs else ("input_ids", "attention_mask")
+            logits = model(**{name: inputs[name] for name in names}).logits
         rewards = logits.float().view(2, -1)
         if not self.interaction:
             return rewards, []
@@ -157,10 +158,11 @@ class RewardTrainer(CheckpointingTrainer):
         """KL divergence of both sequences' latents, (B,), of the forward just made; None without a bottleneck."""
         if self.bottleneck is None:
             return None
-        # Of every token; the collator pads on the right, so that the pooled one is the last of its sequence.
         divergence = self.bottleneck.take_divergence()
-        pooled = inputs["attention_mask"].sum(1, keepdim=True) - 1
-        return divergence.gather(1, pooled).view(2, -1).sum(0)
+        if "packed_pairs" not in inputs:
+            # Of every token; the collator pads on the right, so that the pooled one is the last of its sequence.
+            divergence = divergence.gather(1, inputs["lengths"].view(-1, 1) - 1)
+        return divergence.view(2, -1).sum(0)
 
     def _centering(self, rewards: Tensor) -> Tensor:
         """TRL's penalty on rewards away from zero, (B,)."""
@@ -206,7 +208,3 @@ class RewardTrainer(CheckpointingTrainer):
 
     def _sums_file(self, checkpoint: str) -> Path:
         return Path(checkpoint, f"metric_sums_{self.args.process_index}.json")
-
-
-def _lengths(inputs: dict[str, Any]) -> Tensor:
-    return inputs["attention_mask"].sum(1).view(2, -1)

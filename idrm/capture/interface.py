@@ -1,9 +1,6 @@
 """Sees the queries and keys that attention modules hand to transformers' attention functions, changing neither.
 
-``AttentionInterface.get_interface`` is the one place where every model looks its attention function up, its own eager
-function included. It is overridden in place, once per process and transparently: names, masks and results stay those of
-the configured implementation, and outside of a recording nothing happens at all. (An attention function registered
-under a name of its own would get no mask under left padding.)
+Outside of a recording nothing happens at all (``idrm.attention_functions``).
 """
 
 from __future__ import annotations
@@ -16,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.modeling_utils import AttentionInterface
 
+from idrm.attention_functions import Order, wrap_attention_functions
 from idrm.errors import InputError
 
 SUPPORTED_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -56,7 +53,7 @@ class AttentionRecorder:
         self._owner = owner
         self._blocks: dict[int, CapturedBlock] = {}
         # Here and not in recording(): a model compiled before the override would never come by it.
-        _override_get_interface()
+        wrap_attention_functions(Order.RECORDERS, _observed)
 
     @property
     def blocks(self) -> Mapping[int, CapturedBlock]:
@@ -109,19 +106,10 @@ class AttentionRecorder:
 _active_recorders: list[AttentionRecorder] = []
 
 
-@functools.cache
-def _override_get_interface() -> None:
-    original = AttentionInterface.get_interface
-
-    @functools.wraps(original)
-    def get_interface(self, *args, **kwargs) -> Callable:
-        attention_function = original(self, *args, **kwargs)
-        return _observed(attention_function) if _active_recorders else attention_function
-
-    AttentionInterface.get_interface = get_interface
-
-
 def _observed(attention_function: Callable) -> Callable:
+    if not _active_recorders:
+        return attention_function
+
     @functools.wraps(attention_function)
     def observed(module, query, key, *args, **kwargs):
         for recorder in _active_recorders:

@@ -33,6 +33,7 @@ from idrm.collator import PairCollator
 from idrm.interaction import InteractionLoss
 from idrm.objectives import attach_bottleneck
 from idrm.preference import load_preferences
+from idrm.shared_prompts import read_packed_pairs
 from idrm.teacher_cache import CachedTeacher, TeacherCache
 from idrm.trainer import RewardTrainer
 
@@ -310,7 +311,8 @@ def train(start_training):
 def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_path, eval_pairs_path):
     """make_trainer(alpha=..., interaction={...}, **TrainingArguments): of the tiny models, on the tiny data.
 
-    `bottleneck` is (latent_size, divergence); `prepare` changes the encoded training pairs.
+    `bottleneck` is (latent_size, divergence); `prepare` changes the encoded training pairs; `share_prompt` has them
+    packed.
     """
 
     def make(
@@ -325,6 +327,7 @@ def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_
         bottleneck=None,
         bottleneck_weight=0.0,
         prepare=lambda pairs: pairs,
+        share_prompt=False,
         **values,
     ):
         teacher = Teacher.load(str(teacher_path), layers=teacher_layers)
@@ -342,10 +345,13 @@ def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_
         model = AutoModelForSequenceClassification.from_pretrained(student_path)
         if bottleneck:
             attach_bottleneck(model, *bottleneck)
+        if share_prompt:
+            read_packed_pairs(model)
+        teacher_tokenizer = encoder.teacher_tokenizer if alpha else None
         return RewardTrainer(
             model,
             RewardTrainingArguments(**(defaults | values)),
-            PairCollator(tokenizer, encoder.teacher_tokenizer if alpha else None, arguments.interaction_rows, cache),
+            PairCollator(tokenizer, teacher_tokenizer, arguments.interaction_rows, cache, share_prompt),
             prepare(train),
             evaluation,
             processing_class=tokenizer,

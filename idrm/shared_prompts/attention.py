@@ -1,0 +1,139 @@
+"""A transformers decoder that reads packed pairs: its own layers and attention function, on each pair's parts.
+
+A causal model gives the common beginning of two sequences the same states in both, so that it is read once. Of a pair,
+[shared, chosen's own] is one causal sequence; the rows that are rejected's own attend to [shared, rejected's own]. No
+mask of the row is ever made, and no pair sees another.
+
+The layout travels as an argument of the model's forward pass down to its attention functions, as transformers passes on
+what it does not know, and so reaches activation checkpointing's recomputation too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from idrm.attention_functions import Order, wrap_attention_functions
+from idrm.errors import InputError
+from idrm.objectives.bottleneck import head_name
+from idrm.shared_prompts.packing import PackedPairs
+
+# Their packed rewards are held to those of ordinary rows in tests/idrm/shared_prompts.
+MODEL_TYPES = (
+    *("gemma", "glm", "gpt2", "gpt_neox", "helium", "llama", "mistral", "olmo", "olmo2", "opt", "phi", "phi3"),
+    *("qwen2", "qwen3", "smollm3", "starcoder2"),
+)
+IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def packed_attention_refusal(config: PreTrainedConfig, implementation: str | None, longest: int) -> str | None:
+    """Why a model cannot read packed pairs, None where it can.
+
+    Args:
+        config: of the student.
+        implementation: its attention implementation, None for transformers' choice.
+        longest: tokens of the longest sequence that it will read.
+    """
+    text = config.get_text_config()
+    if text.model_type not in MODEL_TYPES:
+        return f"{text.model_type} is none of the models that it was tried with ({', '.join(MODEL_TYPES)})"
+    if (implementation or "sdpa") not in IMPLEMENTATIONS:
+        return f"--attn_implementation {implementation} has no such attention; {' and '.join(IMPLEMENTATIONS)} have"
+    window = getattr(text, "sliding_window", None)
+    slides = getattr(text, "use_sliding_window", window is not None)
+    if slides and window is not None and window < longest:
+        return f"its attention slides over {window} tokens, less than --max_length {longest}"
+    return None
+
+
+def read_packed_pairs(model: PreTrainedModel) -> None:
+    """Lets a sequence classifier be called with `packed_pairs`, to give the reward of each sequence.
+
+    Its forward pass is what it was for everything else. `model(packed_pairs=packed).logits` is (2B, 1), in the order of
+    `packed.sequence_ends`.
+
+    Raises:
+        InputError: its reward head is not one linear layer over its decoder's states.
+    """
+    try:
+        head_name(model)
+    except InputError as error:
+        raise InputError(f"--share_prompt on: {type(model).__name__} has no plain reward head") from error
+    wrap_attention_functions(Order.PACKED_PAIRS, _of_pairs)
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(self: PreTrainedModel, *args: Any, packed_pairs: PackedPairs | None = None, **kwargs: Any) -> Any:
+        if packed_pairs is None:
+            return original(*args, **kwargs)
+        states = self.base_model(
+            input_ids=packed_pairs.input_ids,
+            position_ids=packed_pairs.position_ids,
+            # Of four dimensions, it is passed on as it is, and none is made of the whole row; nobody reads it.
+            attention_mask=packed_pairs.input_ids.new_zeros(1, 1, 1, 1),
+            use_cache=False,
+            packed_pairs=packed_pairs,
+        ).last_hidden_state
+        head = self.get_submodule(head_name(self))
+        return SequenceClassifierOutputWithPast(logits=head(states[0].index_select(0, packed_pairs.sequence_ends)))
+
+    model.forward = MethodType(forward, model)
+
+
+@functools.cache
+def _of_pairs(attention_function: Callable) -> Callable:
+    @functools.wraps(attention_function)
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        packed_pairs: PackedPairs | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if packed_pairs is None:
+            return attention_function(module, query, key, value, attention_mask, *args, **kwargs)
+        needs_masks = module.config._attn_implementation == "eager"
+        outputs = []
+        for rows, keys, mask in _parts(packed_pairs):
+            part = (query[:, :, rows], *(_concatenated(tensor, keys) for tensor in (key, value)))
+            if needs_masks:
+                mask = _additive(mask, part[0])
+            outputs.append(attention_function(module, *part, mask, *args, **kwargs)[0])
+        return torch.cat(outputs, dim=1), None
+
+    return attend
+
+
+def _parts(packed: PackedPairs) -> Iterator[tuple[slice, list[slice], Tensor | None]]:
+    """Rows, in the order of the row, their keys, and a mask; None where that is causal attention."""
+    for pair, mask in zip(packed.pairs, packed.rejected_masks, strict=True):
+        shared = slice(pair.start, pair.start + pair.shared)
+        chosen = slice(pair.start, shared.stop + pair.chosen)
+        rejected = slice(chosen.stop, pair.end)
+        if chosen.stop > chosen.start:
+            yield chosen, [chosen], None
+        if pair.rejected:
+            yield rejected, [shared, rejected] if pair.shared else [rejected], mask
+
+
+def _concatenated(tensor: Tensor, slices: list[slice]) -> Tensor:
+    parts = [tensor[:, :, part] for part in slices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor:
+    """The mask as transformers' eager attention adds it, which knows of causality by no other way."""
+    if mask is None:
+        mask = torch.ones(1, 1, query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+    lowest = torch.finfo(query.dtype).min
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)

@@ -1,0 +1,99 @@
+"""A run whose prompts are read once against the same run in two rows a pair, with every loss there is."""
+
+import pytest
+import torch
+
+from idrm.objectives import PreferenceLoss
+from idrm.objectives.pair_order import draw_pair_order
+
+EVERYTHING = {
+    "alpha": 1.0,
+    "student_layers": (-1, -2),
+    "teacher_layers": (-1, -2),
+    "preference_loss": PreferenceLoss(label_smoothing=0.1, confidence_weight=0.5),
+    "prepare": lambda pairs: draw_pair_order(pairs, 3),
+    "center_rewards_coefficient": 0.01,
+}
+RUN = {"per_device_train_batch_size": 8, "max_steps": 6}
+
+
+def records(trainer):
+    trainer.train()
+    return [record for record in trainer.state.log_history if "loss" in record]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha": 0.0},
+        {"alpha": 1.0, "interaction": {"interaction_rows": "response", "normalization": "joint"}},
+        EVERYTHING,
+        {**EVERYTHING, "gradient_checkpointing": True},
+    ],
+    ids=["bradley-terry", "interaction", "everything", "checkpointing"],
+)
+def test_a_short_run_is_that_of_two_rows_a_pair(make_trainer, settings):
+    apart, shared = (make_trainer(share_prompt=share, **settings, **RUN) for share in (False, True))
+    for ours, theirs in zip(records(shared), records(apart), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"epoch", "step"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    for ours, theirs in zip(shared.model.parameters(), apart.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    evaluations = [trainer.evaluate() for trainer in (shared, apart)]
+    assert evaluations[0].keys() == evaluations[1].keys()
+    for name in evaluations[0]:
+        if not name.endswith(("runtime", "per_second")):
+            assert evaluations[0][name] == pytest.approx(evaluations[1][name], rel=1e-4, abs=1e-5), name
+
+
+def test_a_bottleneck_sees_the_pooled_tokens_alone(make_trainer):
+    """Its noise is drawn for fewer tokens, so that an evaluation is what can be compared."""
+    apart, shared = (
+        make_trainer(share_prompt=share, alpha=0.0, bottleneck=(8, "paper"), bottleneck_weight=0.1)
+        for share in (False, True)
+    )
+    shared.model.load_state_dict(apart.model.state_dict())
+    ours, theirs = shared.evaluate(), apart.evaluate()
+    assert ours["eval_latent_kl"] > 0
+    for name in ("eval_latent_kl", "eval_loss", "eval_margin"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    assert all("loss" in record for record in records(shared)[:1])
+
+
+def test_the_teacher_and_its_cache_do_not_know_of_it(make_trainer, tmp_path):
+    """A cache that one of them has filled serves the other."""
+    runs = []
+    for share in (False, True):
+        trainer = make_trainer(share_prompt=share, alpha=1.0, cache_folder=tmp_path / "cache", **RUN)
+        runs.append(records(trainer))
+        computed = trainer.interaction.teacher.computed
+    assert computed == 0
+    for ours, theirs in zip(*runs, strict=True):
+        assert ours["interaction_loss"] == pytest.approx(theirs["interaction_loss"], rel=1e-4)
+
+
+def test_at_two_ranks_under_zero3_it_is_one_plain_process_in_two_rows(
+    tmp_path, train, student_path, teacher_path, pairs_path
+):
+    flags = (
+        *("--model_name_or_path", student_path, "--teacher_name_or_path", teacher_path, "--dataset_name", pairs_path),
+        *("--max_steps", 4, "--logging_steps", 1, "--save_strategy", "no", "--learning_rate", 1e-3),
+    )
+    apart = train(tmp_path / "apart", *flags, "--share_prompt", "off", "--per_device_train_batch_size", 8)
+    sharing = ("--share_prompt", "on", "--per_device_train_batch_size", 4, "--deepspeed", "ds_zero3.json")
+    shared = train(tmp_path / "shared", *flags, *sharing, ranks=2)
+    for run in (apart, shared):
+        assert run.returncode == 0, run.errors
+    assert len(shared.records) == len(apart.records) == 4
+    for ours, theirs in zip(shared.records, apart.records, strict=True):
+        for name in ("loss", "preference_loss", "interaction_loss", "grad_norm", "margin"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+
+
+def test_what_cannot_share_is_said_once_or_refused(tmp_path, train, student_path, pairs_path):
+    flags = ("--model_name_or_path", student_path, "--dataset_name", pairs_path, "--alpha", 0, "--max_steps", 1)
+    refused = train(tmp_path / "on", *flags, "--share_prompt", "on", "--torch_compile", "true")
+    assert refused.returncode == 2
+    assert "error: --share_prompt on: under --torch_compile" in refused.errors
+    assert not (tmp_path / "on").exists()
