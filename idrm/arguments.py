@@ -300,8 +300,8 @@ class ObjectiveArguments:
     inform_kl: Literal["paper", "official"] = field(
         default="paper",
         metadata={
-            "help": "InfoRM: the divergence summed over the latent's dimensions (paper), or their mean, as in the "
-            "authors' code (official)."
+            "help": "InfoRM: the divergence summed over the latent's dimensions (paper), or that of the dimensions' "
+            "average, as in the authors' code (official)."
         },
     )
 
@@ -317,6 +317,9 @@ class EmbeddedArguments:
         default=False,
         metadata={"help": "Demonstration only: also train against a teacher whose maps are uniform, as a control."},
     )
+
+
+_LOWER_IS_BETTER = ("interaction_ratio", "latent_kl")
 
 
 @dataclass
@@ -362,8 +365,9 @@ class RewardTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("interaction_ratio"):
-            self.greater_is_better = False  # transformers knows this only of names that end with "loss"
+        # transformers knows this only of names that end with "loss".
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LOWER_IS_BETTER):
+            self.greater_is_better = False
         super().__post_init__()
         self.label_names = []
         self.remove_unused_columns = False

@@ -17,7 +17,7 @@ from idrm.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _LINES_OF_A_FAILURE = 15
-_SECONDS_TO_END = 20
+SECONDS_TO_END = 20
 
 
 class Crew:
@@ -26,11 +26,14 @@ class Crew:
     Args:
         jobs: processes at a time. With several, each is given its share of this machine's cores.
         inherited: file descriptors that they share, such as that of `idrm.run_folder.sole_use`.
+        seconds_to_end: how long they have from SIGTERM to SIGKILL; more than SECONDS_TO_END where they end processes of
+            their own, which have that long.
     """
 
-    def __init__(self, jobs: int = 1, inherited: Sequence[int] = ()):
+    def __init__(self, jobs: int = 1, inherited: Sequence[int] = (), seconds_to_end: float | None = None):
         self.jobs = jobs
         self.inherited = tuple(inherited)
+        self.seconds_to_end = SECONDS_TO_END if seconds_to_end is None else seconds_to_end
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen] = set()
         self._stopped = False
@@ -69,7 +72,7 @@ class Crew:
             running = list(self._processes)
         for process in running:
             _signal_group(process, signal.SIGTERM)
-        deadline = time.monotonic() + _SECONDS_TO_END
+        deadline = time.monotonic() + self.seconds_to_end
         for process in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0, deadline - time.monotonic()))
@@ -94,6 +97,16 @@ def _signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
 def last_lines(log: Path) -> str:
     """The end of a failed process's log, for the terminal."""
     return "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-_LINES_OF_A_FAILURE:])
+
+
+def launcher_of(flag: str, text: str) -> list[str]:
+    """The program and arguments that start a training; InputError for one that is not there to be started."""
+    try:
+        launcher = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{flag} {text}: {str(error).lower()}") from error
+    require_program(flag, launcher)
+    return launcher
 
 
 def require_program(flag: str, launcher: Sequence[str]) -> None:

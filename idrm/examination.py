@@ -22,7 +22,7 @@ from idrm.nli.arguments import TeacherConfiguration
 from idrm.nli.classifier import classifier_labels, load_classifier, load_classifier_config, load_classifier_tokenizer
 from idrm.nli.evaluation import evaluate_classifier
 from idrm.nli.sets import encoded_pairs, labelled_pairs
-from idrm.preference import load_preferences
+from idrm.preference import WITHOUT_MARGINS, load_preferences
 from idrm.run_folder import require_writable, write_whole
 
 logger = logging.getLogger("idrm.teacher")
@@ -60,7 +60,7 @@ def examine(config: TeacherConfiguration) -> None:
         _print_accuracies(config, found)
         write_whole(folder / ACCURACY_FILE, json.dumps(found, indent=2) + "\n")
     else:
-        pairs, report = load_preferences(arguments.pairs_name, split=arguments.pairs_split)
+        pairs, report = load_preferences(arguments.pairs_name, split=arguments.pairs_split, columns=WITHOUT_MARGINS)
         logger.info(report.summary())
         inspect_teacher(
             names[0],

@@ -26,7 +26,11 @@ ADDED_PAD_TOKEN = "<|pad|>"
 RESERVED_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|padding|>")
 
 # What configurations of decoders call the probabilities of their dropouts.
-DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout")
+DROPOUT_FIELDS = (
+    *("attention_dropout", "attn_pdrop", "embd_pdrop", "emb_pdrop", "resid_pdrop", "hidden_dropout", "dropout"),
+    *("residual_dropout", "embedding_dropout", "resid_dropout", "embed_dropout", "activation_dropout"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+)
 
 
 def load_student_config(arguments: ModelArguments) -> PreTrainedConfig:

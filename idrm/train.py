@@ -265,8 +265,8 @@ def _encoded_pairs(
         split = config.data.dataset_split if trains else config.data.eval_dataset_split
         pairs, report = load_preferences(source, split=split, columns=columns)
         logger.info(report.summary())
-        is_named = trains and objective.margin_column != PairColumns.margin
-        if is_named and all(margin is None for margin in pairs["margin"][:]):
+        wants_margins = trains and ("margin_column" in config.given or objective.margin_labels)
+        if wants_margins and all(margin is None for margin in pairs["margin"][:]):
             raise InputError(f"--margin_column {objective.margin_column}: no pair of {source} has a value in it")
         if flips:
             pairs, flipped = flip_labels(pairs, objective.flip_fraction)

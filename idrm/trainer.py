@@ -86,6 +86,8 @@ class RewardTrainer(CheckpointingTrainer):
         """The training loss of a micro-batch of B pairs: a mean over them."""
         teacher_of_batch = self._begin_teacher(inputs)
         rewards, student = self._forward(model, inputs)
+        if self.preference_loss.confidence_weight and ORDER_COLUMN not in inputs:
+            raise ValueError("a confidence loss does nothing without the order that `draw_pair_order` draws")
         preference = self.preference_loss(
             rewards,
             inputs.get("margin", 0.0),
@@ -131,6 +133,13 @@ class RewardTrainer(CheckpointingTrainer):
         rows = pair_rows(rewards, inputs["lengths"], loss, preference, interaction, uniform, latent_kl)
         # The loop computes metrics only where there are labels; these say that each row is one pair.
         return None, rows, rows.new_ones(len(rows))
+
+    def _prepare_input(self, data):
+        """On the device, in its own dtype: of a batch no float goes into the model, and margins are not to be rounded.
+
+        transformers casts floats to DeepSpeed's half precision.
+        """
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the pairs' means since the last record to a training record, whose loss they replace."""

@@ -10,6 +10,7 @@ from idrm.grid.specification import read_grid
 from idrm.pipeline.specification import read_pipeline
 from idrm.pipeline.steps import Place, names_of, require_runnable
 from idrm.policy.arguments import parse_arguments as parse_policy
+from idrm.yaml_files import names_in_braces, read_yaml
 
 PAPER = Path(__file__).resolve().parents[1] / "recipes" / "paper"
 TINY = PAPER / "tiny"
@@ -21,7 +22,7 @@ SIZES = {
     *("max_length", "teacher_max_length", "max_prompt_length", "response_length", "max_completion_length"),
     *("bf16", "teacher_dtype", "activation_checkpointing", "gradient_checkpointing", "save_strategy"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
-    *("num_train_epochs", "max_steps", "total_episodes"),
+    *("num_train_epochs", "max_steps", "total_episodes", "local_rollout_forward_batch_size", "pad_token"),
 }
 # By file, the flags in which it differs from idrm.yaml.
 ABLATIONS = {
@@ -50,8 +51,7 @@ OBJECTIVES = {
 
 def runs_of_grid(path, folder):
     """The grid, and of every row and seed what `idrm train` makes of its flags."""
-    names = ("materials", "margins", "warm", "head", "other")
-    grid = read_grid(path, values={name: f"made/{name}" for name in names})
+    grid = read_grid(path, values={name: f"made/{name}" for name in names_in_braces(read_yaml(path))})
     runs = {(row.name, seed): row.run(folder, seed) for row in grid.rows for seed in row.seeds}
     return grid, {key: parse_arguments(run.tokens) for key, run in runs.items()}
 

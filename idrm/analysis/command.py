@@ -28,7 +28,7 @@ from idrm.evaluation.command import Parser
 from idrm.evaluation.evaluation import Scoring, device_of, require_scorable
 from idrm.evaluation.reading import DTYPES
 from idrm.evaluation.reward_model import RewardModel, load_reward_model
-from idrm.preference import load_preferences
+from idrm.preference import WITHOUT_MARGINS, load_preferences
 from idrm.preference.formats import convert_record, drop_reason
 from idrm.processes import command
 from idrm.run_folder import require_writable, write_all_whole
@@ -55,7 +55,7 @@ def _attention(arguments: Namespace) -> dict[str, bytes]:
     download = BenchmarkSource("pairs", arguments.dataset_name).download
     if download is not None:
         logger.info("%s: downloads from the Hugging Face hub, unless it is on this machine already.", download)
-    pairs, report = load_preferences(arguments.dataset_name, split=arguments.dataset_split)
+    pairs, report = load_preferences(arguments.dataset_name, split=arguments.dataset_split, columns=WITHOUT_MARGINS)
     logger.info(report.summary())
     if arguments.max_pairs is not None:
         number = min(arguments.max_pairs, len(pairs))
@@ -123,7 +123,7 @@ def _pair(arguments: Namespace) -> dict[str, Any]:
         # Messages, so that a model without a chat template reads the role headers that dialogues have.
         roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
         record = {name: [{"role": role, "content": given[name]}] for name, role in roles.items()}
-    pair = convert_record(record)
+    pair = convert_record(record, WITHOUT_MARGINS)
     reason = drop_reason(pair)
     if reason:
         raise InputError(f"--chosen, --rejected: {reason.replace('_', ' ')}")

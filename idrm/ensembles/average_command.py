@@ -46,7 +46,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[list[str], Path]
         raise InputError("expected the folders of runs, idrm average RUN RUN ... --output_dir OUT, got none")
     if not values["output_dir"]:
         raise InputError("--output_dir is missing: give a folder for the model")
-    return values["runs"], Path(values["output_dir"]).expanduser().absolute()
+    return values["runs"], Path(values["output_dir"]).expanduser().resolve()
 
 
 def average(folders: Sequence[str], output_dir: Path) -> Spread:

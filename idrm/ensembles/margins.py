@@ -20,7 +20,7 @@ from datasets import Dataset
 from idrm.errors import InputError
 from idrm.evaluation.benchmark import Benchmark, Item, digest_of_items
 from idrm.evaluation.evaluation import Scoring, evaluate_models
-from idrm.preference import convert_record, drop_reason
+from idrm.preference import WITHOUT_MARGINS, convert_record, drop_reason
 
 MEAN_COLUMN, DEVIATION_COLUMN = "margin_mean", "margin_deviation"
 # The share of pairs, those of the lowest mean margins, whose labels the source flips.
@@ -150,7 +150,7 @@ def require_new_columns(columns: Iterable[str], source: str) -> None:
 def _pairs(records: Dataset, source: str) -> Iterator[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         try:
-            yield convert_record(record)
+            yield convert_record(record, WITHOUT_MARGINS)
         except InputError as error:
             raise InputError(f"{source}: record {number}: {error}") from None
 

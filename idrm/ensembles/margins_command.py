@@ -106,7 +106,8 @@ def run(models: dict[str, str], arguments: MarginArguments) -> Margins:
     path = Path(arguments.output_file).expanduser()
     if path.suffix != ".jsonl":
         raise InputError(f"--output_file {path}: expected a name that ends with .jsonl")
-    if path.exists() and path.absolute() == Path(arguments.dataset_name).expanduser().absolute():
+    source = Path(arguments.dataset_name).expanduser()
+    if path.exists() and source.exists() and path.samefile(source):
         raise InputError(f"--output_file {path}: is --dataset_name; give another file")
     if path.is_dir() or (path.exists() and not arguments.overwrite):
         raise InputError(f"--output_file {path}: is there already; give another name, or --overwrite true")

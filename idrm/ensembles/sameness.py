@@ -37,12 +37,14 @@ class AveragedRun:
         checkpoint: its weights, unread.
         base: what its run.yaml says it was trained from; None where there is no run.yaml.
         seed: of the run, by its run.yaml; None where there is none.
+        latent_size: of the bottleneck that it had in the place of its reward head, by its run.yaml; None for none.
     """
 
     folder: Path
     checkpoint: Checkpoint
     base: str | None
     seed: int | None
+    latent_size: int | None = None
 
 
 def require_averageable(folders: Sequence[str]) -> tuple[list[AveragedRun], PreTrainedTokenizerBase]:
@@ -70,7 +72,8 @@ def require_averageable(folders: Sequence[str]) -> tuple[list[AveragedRun], PreT
         recorded = _recorded(path)
         # run.yaml leaves out what is at its default.
         seed = recorded.get("seed", TrainingArguments.seed) if recorded else None
-        runs.append(AveragedRun(path, checkpoint, recorded.get("model_name_or_path"), seed))
+        base, latent_size = (recorded.get(name) for name in ("model_name_or_path", "inform_latent_size"))
+        runs.append(AveragedRun(path, checkpoint, base, seed, latent_size))
     for run, tokenizer in zip(runs[1:], tokenizers[1:], strict=True):
         _require_same_config(runs[0].folder, run.folder)
         _require_same_tensors(runs[0].checkpoint, run.checkpoint)
@@ -99,12 +102,24 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 def _require_same_config(first: Path, other: Path) -> None:
-    ours, theirs = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (first, other))
-    for name in sorted((ours.keys() | theirs.keys()) - _FREE_TO_DIFFER):
+    ours, theirs = (
+        _without_free_fields(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        for folder in (first, other)
+    )
+    for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise InputError(
                 f"{other}: its config.json has {name} {theirs.get(name)!r}, and that of {first} {ours.get(name)!r}"
             )
+
+
+def _without_free_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those nested in it, without what may differ."""
+    return {
+        name: _without_free_fields(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _FREE_TO_DIFFER
+    }
 
 
 def _require_same_tensors(first: Checkpoint, other: Checkpoint) -> None:
@@ -156,6 +171,16 @@ def _require_same_base(runs: Sequence[AveragedRun]) -> None:
             raise InputError(
                 f"{run.folder}: was trained from {run.base}, and {known[0].folder} from {known[0].base}; only runs "
                 "from the same weights can be averaged"
+            )
+    for run in known[1:]:
+        if (run.latent_size or known[0].latent_size) and (run.latent_size, run.seed) != (
+            known[0].latent_size,
+            known[0].seed,
+        ):
+            first, other = (f"--inform_latent_size {one.latent_size}, seed {one.seed}" for one in (known[0], run))
+            raise InputError(
+                f"{run.folder}: its reward head comes from another bottleneck ({other}) than that of {known[0].folder} "
+                f"({first}), which each run initialises by its seed: their mean means nothing"
             )
     if len(known) > 1 and len({run.seed for run in known}) > 1:
         _require_shared_head(known)

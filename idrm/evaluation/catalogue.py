@@ -12,7 +12,7 @@ from pathlib import Path
 from idrm.errors import InputError
 from idrm.evaluation import rewardbench, rmb
 from idrm.evaluation.benchmark import Benchmark, Item, Part, Score, digest_of_items
-from idrm.preference import load_preferences
+from idrm.preference import WITHOUT_MARGINS, load_preferences
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def load_pairs(source: str, *, name: str, split: str = DEFAULT_SPLIT) -> Benchma
 
     All pairs count, also those that training drops: an empty response is one, and identical ones are a tie.
     """
-    pairs, _ = load_preferences(source, split=split, keep_all=True)
+    pairs, _ = load_preferences(source, split=split, keep_all=True, columns=WITHOUT_MARGINS)
     items = [Item(name, pair["chosen"], (pair["rejected"],), pair["conversational"]) for pair in pairs]
     version = f"{len(items):,} pairs, digest {digest_of_items(items)}"
     scores = scores_of("pairs", Counter({name: len(items)}))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from idrm.arguments import given_flags
-from idrm.child_processes import last_lines, require_program
+from idrm.child_processes import last_lines, launcher_of
 from idrm.command_line import FlagParser, fields_of, named_values, require_at_least
 from idrm.errors import InputError
 from idrm.evaluation.benchmark import Benchmark
@@ -45,7 +45,9 @@ class GridArguments:
         metadata={"help": "What starts idrm/train.py, such as 'deepspeed --num_gpus 8'. Default: this Python."},
     )
     benchmark_split: str = field(default="test", metadata={"help": "Split of benchmarks that are pairs."})
-    eval_dtype: str = field(default="float32", metadata={"help": "Dtype that models are evaluated in."})
+    eval_dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = field(
+        default="float32", metadata={"help": "Dtype that models are evaluated in."}
+    )
     eval_batch_size: int = field(default=16, metadata={"help": "Most sequences in a batch of the evaluation."})
 
 
@@ -76,15 +78,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Grid, GridArgume
 
 
 def runs_of(grid: Grid, arguments: GridArguments, training: dict[str, object]) -> list[Run]:
-    """All its runs, row by row.
-
-    Raises:
-        InputError: flags that `idrm train` refuses, or a run's folder that holds another one.
-    """
+    """All its runs, row by row."""
     folder = Path(arguments.runs_dir or f"{arguments.output_dir}/runs").expanduser().absolute()
-    runs = [row.run(folder, seed, training) for row in grid.rows for seed in row.seeds]
-    require_runnable(runs)
-    return runs
+    return [row.run(folder, seed, training) for row in grid.rows for seed in row.seeds]
 
 
 def run(grid: Grid, arguments: GridArguments, training: dict[str, object]) -> None:
@@ -98,14 +94,14 @@ def run(grid: Grid, arguments: GridArguments, training: dict[str, object]) -> No
         SystemExit: a run failed; its exit status is passed on.
     """
     folder = Path(arguments.output_dir).expanduser().absolute()
-    launcher = shlex.split(arguments.launcher)
+    launcher = launcher_of("--launcher", arguments.launcher)
     require_writable("--output_dir", folder)
     if arguments.runs_dir is not None:
         require_writable("--runs_dir", Path(arguments.runs_dir).expanduser())
-    require_program("--launcher", launcher)
     if not grid.benchmarks:
         raise InputError(f"{grid.title}: names no benchmarks to evaluate its rows on")
     runs = runs_of(grid, arguments, training)
+    require_runnable(runs)
     scoring = Scoring(dtype=arguments.eval_dtype, batch_size=arguments.eval_batch_size)
     models = [row for row in grid.rows if row.model is not None]
     for row in models:

@@ -11,7 +11,7 @@ from typing import Any
 
 from idrm.errors import InputError
 from idrm.grid.runs import Run
-from idrm.yaml_files import filled, read_yaml, require_mapping
+from idrm.yaml_files import filled, names_in_braces, read_yaml, require_mapping
 
 # What a grid gives every run itself.
 _ITS_OWN = ("seed", "output_dir")
@@ -89,7 +89,11 @@ def read_grid(path: Path, seeds: Sequence[int] | None = None, values: Mapping[st
         InputError: no such file, not YAML, an unknown key, a value of another kind than expected, or a name in braces
             that has no value.
     """
-    grid = grid_of(filled(read_yaml(path), values or {}, str(path)), str(path), path.parent)
+    content = read_yaml(path)
+    unused = sorted((values or {}).keys() - set(names_in_braces(content)))
+    if unused:
+        raise InputError(f"--values {unused[0]}: {path} has no {{{unused[0]}}}")
+    grid = grid_of(filled(content, values or {}, str(path)), str(path), path.parent)
     if seeds is None:
         return grid
     seeds = _seeds(list(seeds), "--seeds")

@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from idrm.errors import InputError
 
+# Keeps the exponentials of tokens that are not pooled, and whose divergence nobody asks for, finite in any dtype.
+MAX_LOG_VARIANCE = 20.0
+
 
 class GaussianBottleneck(nn.Module):
     """Reward of hidden states through a Gaussian latent: sampled in training, its mean in evaluation.
@@ -25,8 +28,9 @@ class GaussianBottleneck(nn.Module):
     Args:
         hidden_size: of the states.
         latent_size: of the latent.
-        divergence: of a latent's dimensions "paper" sums the KL divergences, "official", the authors' code, takes their
-            mean.
+        divergence: "paper" sums the KL divergences of a latent's dimensions. "official" is what the authors' code does
+            (openrlhf/models/model_inform.py): the divergence of one Gaussian with the dimensions' mean of the means
+            and mean of the log variances, and of a pair the mean of its two sequences, so that each counts half.
     """
 
     def __init__(self, hidden_size: int, latent_size: int, divergence: Literal["paper", "official"], **factory: Any):
@@ -34,25 +38,36 @@ class GaussianBottleneck(nn.Module):
         self.mean = nn.Linear(hidden_size, latent_size, bias=False, **factory)
         self.log_variance = nn.Linear(hidden_size, latent_size, **factory)
         self.reward = nn.Linear(latent_size, 1, bias=False, **factory)
-        self._over_dimensions = torch.sum if divergence == "paper" else torch.mean
+        self._kind = divergence
         self._divergence: Tensor | None = None
         # A checkpoint has the folded weight beside those that it was folded from (`with_folded_head`).
         self.register_load_state_dict_pre_hook(_drop_folded_weight)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Rewards (..., 1) of states (..., hidden_size); their KL divergences wait for `take_divergence`."""
-        mean, log_variance = self.mean(hidden_states), self.log_variance(hidden_states)
+        mean, log_variance = self.mean(hidden_states), self.log_variance(hidden_states).clamp(max=MAX_LOG_VARIANCE)
         precise = torch.promote_types(mean.dtype, torch.float32)
-        squared, logarithm = mean.to(precise).square(), log_variance.to(precise)
-        self._divergence = self._over_dimensions(0.5 * (squared + logarithm.exp() - logarithm - 1), dim=-1)
+        self._divergence = self._divergence_of(mean.to(precise), log_variance.to(precise))
         if self.training:
             mean = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         return self.reward(mean)
 
+    def _divergence_of(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        if self._kind == "official":
+            return 0.5 * _standard_divergence(mean.mean(-1), log_variance.mean(-1))
+        return _standard_divergence(mean, log_variance).sum(-1)
+
     def take_divergence(self) -> Tensor:
-        """KL(N(mean, variance) || N(0, 1)) of every state of the last forward, (...), float32 or better."""
+        """KL(N(mean, variance) || N(0, 1)) of every state of the last forward, (...), float32 or better.
+
+        A pair's is the sum of those of its two sequences.
+        """
         divergence, self._divergence = self._divergence, None
         return divergence
+
+
+def _standard_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    return 0.5 * (mean.square() + log_variance.exp() - log_variance - 1)
 
 
 def attach_bottleneck(

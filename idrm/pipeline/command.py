@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from idrm.child_processes import last_lines, require_program
+from idrm.child_processes import last_lines, launcher_of
 from idrm.command_line import FlagParser, fields_of, named_values, require_at_least
 from idrm.embedded.judge import serve
 from idrm.pipeline.specification import Pipeline, read_pipeline
@@ -72,9 +71,8 @@ def run(pipeline: Pipeline, arguments: PipelineArguments, training: Sequence[str
         SystemExit: a step failed; its exit status is passed on.
     """
     folder = Path(arguments.output_dir).expanduser().absolute()
-    place = Place(folder, shlex.split(arguments.launcher), training)
+    place = Place(folder, launcher_of("--launcher", arguments.launcher), training)
     require_writable("--output_dir", folder)
-    require_program("--launcher", place.launcher)
     require_runnable(pipeline, place)
     with sole_use("--output_dir", folder) as held, contextlib.ExitStack() as stack:
         judge = None if pipeline.embedded_judge is None else stack.enter_context(serve())

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from idrm.child_processes import REPOSITORY
-from idrm.grid.runs import Run
+from idrm.grid.runs import Run, require_runnable
 
 PACKAGE = REPOSITORY / "idrm"
 
@@ -20,7 +20,7 @@ class Command:
 
     Attributes:
         program: what follows the interpreter or, of a training, the launcher; the step's own tokens come after it.
-        check: parses these tokens and raises InputError; called before any step is run. A grid's gives its runs.
+        check: parses these tokens and raises InputError; called before any step is run.
         is_training: the user's launcher starts it, and it takes the flags that are for every training.
         is_grid: it starts trainings itself, and takes both to hand them on.
         writes_file: it leaves one .jsonl file, where the others leave a folder.
@@ -52,7 +52,12 @@ def _parser(module: str, *leading: str) -> Callable[[Sequence[str]], Any]:
     return check
 
 
-def _grid_runs(tokens: Sequence[str]) -> list[Run]:
+def _check_grid(tokens: Sequence[str]) -> None:
+    require_runnable(grid_runs(tokens))
+
+
+def grid_runs(tokens: Sequence[str]) -> list[Run]:
+    """The runs of a grid step; InputError for a file that is none."""
     command = import_module("idrm.grid.command")
     return command.runs_of(*command.parse_arguments(tokens))
 
@@ -74,7 +79,7 @@ COMMANDS = {
     "embedded": Command(("-m", "idrm.embedded.materials"), _parser("idrm.embedded.materials")),
     "train": Command((str(PACKAGE / "train.py"),), _parser("idrm.arguments"), is_training=True, goes_on=True),
     "teacher": Command((str(PACKAGE / "teacher.py"),), _parser("idrm.nli.arguments"), is_training=True, goes_on=True),
-    "grid": Command(("-m", "idrm", "grid"), _grid_runs, is_grid=True, goes_on=True),
+    "grid": Command(("-m", "idrm", "grid"), _check_grid, is_grid=True, goes_on=True),
     "margins": Command(("-m", "idrm", "margins"), _parser("idrm.ensembles.margins_command"), writes_file=True),
     "average": Command(("-m", "idrm", "average"), _parser("idrm.ensembles.average_command")),
     "policy sft": _policy("sft"),

@@ -146,7 +146,10 @@ def read_pipeline(path: Path, values: Mapping[str, str] | None = None) -> Pipeli
     if not steps:
         raise InputError(f"{where}: expected steps, found none")
     kinds = {step.name: step.kind for step in steps}
-    tables = [_table(entry, f"{where}: tables", kinds) for entry in content.get("tables") or []]
+    tables = content.get("tables") or []
+    if not isinstance(tables, list):
+        raise InputError(f"{where}: tables: expected a list, found {tables!r}")
+    tables = [_table(entry, f"{where}: tables", kinds) for entry in tables]
     note = content.get("note")
     return Pipeline(
         str(content.get("title") or where),
@@ -177,7 +180,9 @@ def _steps(entries: Any, where: str, folder: Path) -> Iterator[Step]:
         if _EACH not in entry:
             yield _step(str(name), entry, here, folder)
             continue
-        for suffix, text in require_mapping(entry[_EACH], f"{here}: {_EACH}").items():
+        if not require_mapping(entry[_EACH], f"{here}: {_EACH}"):
+            raise InputError(f"{here}: {_EACH}: expected a name with a text at least, found none")
+        for suffix, text in entry[_EACH].items():
             yield _step(f"{name}-{suffix}", _for_each(entry, str(text)), here, folder)
 
 
@@ -191,7 +196,7 @@ def _step(name: str, entry: dict[str, Any], where: str, folder: Path) -> Step:
     if not re.fullmatch(r"[\w.-]+", name):
         raise InputError(f"{where}: expected a name of letters, digits, '_', '.' and '-'")
     kind = entry.get("command")
-    if kind not in COMMANDS:
+    if not isinstance(kind, str) or kind not in COMMANDS:
         raise InputError(f"{where}: command: expected one of {', '.join(COMMANDS)}, found {kind!r}")
     inputs = entry.get("inputs") or []
     if not isinstance(inputs, list) or not all(isinstance(text, str) for text in inputs):
@@ -219,6 +224,6 @@ def _table(entry: Any, where: str, kinds: Mapping[str, str]) -> Table:
     judged = require_mapping(entry.get("judged") or {}, f"{where}: judged")
     for kind, names in (("grid", [entry["grid"]] if "grid" in entry else []), ("judge", judged.values())):
         for name in names:
-            if kinds.get(name) != kind:
+            if not isinstance(name, str) or kinds.get(name) != kind:
                 raise InputError(f"{where}: expected the name of a {kind} step, found {name!r}")
     return Table(entry.get("title"), entry.get("grid"), judged)

@@ -18,10 +18,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from idrm.child_processes import Crew
+from idrm.child_processes import SECONDS_TO_END, Crew
 from idrm.command_line import RUN_FILE, flag_tokens
 from idrm.errors import InputError
 from idrm.grid.runs import Run
+from idrm.pipeline.commands import grid_runs
 from idrm.pipeline.specification import Pipeline, Step
 from idrm.processes import termination_as_exit
 from idrm.run_folder import write_whole
@@ -64,7 +65,13 @@ class Place:
     def tokens(self, step: Step, names: Mapping[str, str]) -> list[str]:
         """What stands behind the step's program; `names` are what the names in braces stand for."""
         inputs, flags, training = (filled(part, names, step.name) for part in (step.inputs, step.flags, step.training))
-        tokens = [path for text in inputs for path in (sorted(glob.glob(text)) or [text])]
+        literal = {name: glob.escape(value) for name, value in names.items()}
+        patterns = filled(step.inputs, literal, step.name)
+        tokens = [
+            path
+            for text, pattern in zip(inputs, patterns, strict=True)
+            for path in sorted(glob.glob(pattern)) or [text]
+        ]
         if step.config is not None:
             tokens.append(f"--config={step.config}")
         tokens += flag_tokens({**flags, step.command.output_flag: self.output(step)})
@@ -112,26 +119,30 @@ def require_runnable(pipeline: Pipeline, place: Place) -> None:
                 raise InputError(f"step {step.name}: {path}: no such file")
         for text in step.texts:
             _require_run(step, text, runs, names)
+        tokens = place.tokens(step, names)
+        if step.name in finished:
+            before = finished[step.name]["step"]
+            now = json.loads(json.dumps(place.description(step, pipeline)))
+            if before != now:
+                part = next(key for key in now if before.get(key) != now[key])
+                raise InputError(
+                    f"--output_dir {place.folder}: step {step.name} was run with other {part}; give another folder"
+                )
         try:
-            checked = step.command.check(place.tokens(step, names))
+            # A finished grid may have been moved, with the folder that its runs name.
+            if step.name not in finished:
+                step.command.check(tokens)
+            if step.command.is_grid:
+                runs[step.name] = grid_runs(tokens)
         except InputError as error:
             raise InputError(f"step {step.name}: {error}") from error
-        if step.command.is_grid:
-            runs[step.name] = checked
-        before = finished.get(step.name, {}).get("step")
-        now = json.loads(json.dumps(place.description(step, pipeline)))
-        if before is not None and before != now:
-            part = next(key for key in now if before.get(key) != now[key])
-            raise InputError(
-                f"--output_dir {place.folder}: step {step.name} was run with other {part}; give another folder"
-            )
 
 
 def _require_run(step: Step, text: str, runs: Mapping[str, Sequence[Run]], names: Mapping[str, str]) -> None:
     """Refuses {grid}/runs/... where that grid trains nothing in such a folder."""
     for grid, of_grid in runs.items():
         if text.startswith(f"{{{grid}}}/runs/"):
-            wanted = filled(text, names, step.name)
+            wanted = filled(text, {name: glob.escape(value) for name, value in names.items()}, step.name)
             if not any(fnmatch(str(run.folder), wanted) for run in of_grid):
                 made = ", ".join(sorted({str(run.folder.relative_to(run.folder.parents[2])) for run in of_grid})[:3])
                 raise InputError(f"step {step.name}: {text}: {grid} makes no such run; it makes {made} ...")
@@ -146,9 +157,21 @@ def names_of(pipeline: Pipeline, place: Place, judge: str | None) -> dict[str, s
 
 
 def read_finished(folder: Path) -> dict[str, Any]:
-    """Of every step that is finished, what it was (`step`) and how long it took (`seconds`)."""
+    """Of every step that is finished, what it was (`step`) and how long it took (`seconds`).
+
+    Raises:
+        InputError: the file is not one that a pipeline wrote.
+    """
     path = folder / FINISHED_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if all(entry["step"] and entry["seconds"] >= 0 for entry in content.values()):
+            return content
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
+        pass
+    raise InputError(f"{path}: cannot be read; give another folder")
 
 
 def run_steps(
@@ -164,7 +187,8 @@ def run_steps(
         StepFailed: with the first that fails; those still running are ended, and go on at the next call. So they are at
             an interruption and at SIGTERM.
     """
-    crew = _Crew(pipeline, place, names_of(pipeline, place, judge), Crew(jobs, inherited))
+    # A grid ends its own runs first.
+    crew = _Crew(pipeline, place, names_of(pipeline, place, judge), Crew(jobs, inherited, 2 * SECONDS_TO_END))
     waiting = [step for step in pipeline.steps if step.name not in crew.finished]
     if len(waiting) < len(pipeline.steps):
         logger.info("%d of %d steps are finished already.", len(pipeline.steps) - len(waiting), len(pipeline.steps))

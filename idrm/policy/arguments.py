@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 from trl import DPOConfig, RLOOConfig, SFTConfig
@@ -74,9 +74,12 @@ class RewardModelArguments:
         },
     )
     reward_batch_size: int = field(default=16, metadata={"help": "rloo: most sequences that it scores at once."})
-    max_prompt_length: int = field(
-        default=512,
-        metadata={"help": "ppo: longest prompt in tokens; longer ones are left out, and counted."},
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt in tokens; longer ones are left out, and counted. Default: any for rloo, 512 for "
+            "ppo."
+        },
     )
 
 
@@ -148,8 +151,14 @@ TRAINING_KINDS = {
     "ppo": PpoTrainingArguments,
 }
 REINFORCED = ("rloo", "ppo")
-# TRL's PPO trainer counts episodes, evaluates nothing and cannot go on from a checkpoint.
-_NOT_FOR_PPO = ("max_steps", "eval_strategy", "resume_from_checkpoint", "load_best_model_at_end")
+PPO_MAX_PROMPT_LENGTH = 512
+# TRL's PPO trainer counts episodes, evaluates nothing and cannot go on from a checkpoint; the rest it works out itself,
+# takes from our flags, or never looks at.
+_NOT_FOR_PPO = (
+    *("max_steps", "eval_strategy", "resume_from_checkpoint", "load_best_model_at_end"),
+    *("sft_model_path", "reward_model_path", "num_total_batches", "batch_size", "local_batch_size", "micro_batch_size"),
+    *("mini_batch_size", "local_mini_batch_size", "reward_max_length", "reward_batch_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -207,8 +216,7 @@ def parse_arguments(action: str, argv: Sequence[str]) -> PolicyConfiguration:
         require_at_least(values, {"reward_batch_size": 1, "reward_max_length": 8, "max_prompt_length": 8})
     if action == "ppo":
         require_defaults(values, parser.defaults(), _NOT_FOR_PPO, "TRL's PPO trainer")
-        if values["num_sample_generations"] and values["eval_dataset_name"] is None:
-            raise InputError("--num_sample_generations: needs pairs to answer: give --eval_dataset_name")
+        _check_ppo(values, parser.defaults())
     require_trainable(values)
     require_saving_deepspeed(values["deepspeed"])
     return configuration(
@@ -219,3 +227,30 @@ def parse_arguments(action: str, argv: Sequence[str]) -> PolicyConfiguration:
         policy=PolicyArguments(**fields_of(PolicyArguments, values)),
         reward_model=RewardModelArguments(**fields_of(RewardModelArguments, values)) if action in REINFORCED else None,
     )
+
+
+def _check_ppo(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """What TRL's PPO trainer would pass over, or fail at once all is loaded."""
+    if bool(values["num_sample_generations"]) != (values["eval_dataset_name"] is not None):
+        raise InputError(
+            "--num_sample_generations: needs pairs to answer, which --eval_dataset_name is for: give both or neither"
+        )
+    if values["max_grad_norm"] != defaults["max_grad_norm"] and values["deepspeed"] is None:
+        raise InputError("--max_grad_norm: TRL's PPO trainer clips no gradient but under --deepspeed; leave it out")
+    if values["num_mini_batches"] > 1 and values["gradient_accumulation_steps"] > 1:
+        raise InputError(
+            "--num_mini_batches: TRL's PPO trainer makes one update of all micro-batches that are accumulated; give "
+            "--gradient_accumulation_steps 1 with it"
+        )
+    if values["save_strategy"] == "epoch":
+        raise InputError("--save_strategy epoch: TRL's PPO trainer knows no epochs; give steps or no")
+    require_at_least(values, {"total_episodes": 1, "num_mini_batches": 1, "num_ppo_epochs": 1, "response_length": 1})
+    if not values["temperature"] > 0:
+        raise InputError(f"--temperature: expected more than 0, got {values['temperature']:g}")
+    rows = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    if rows % values["num_mini_batches"]:
+        raise InputError(
+            f"--num_mini_batches {values['num_mini_batches']}: does not divide the {rows} responses of a device"
+        )
+    if values["whiten_rewards"] and rows // values["num_mini_batches"] < 8:
+        raise InputError("--whiten_rewards: needs mini-batches of 8 responses a device or more")

@@ -31,9 +31,15 @@ def usage() -> str:
 
 
 def require_extra(action: str) -> None:
-    """Raises InputError for an action that needs TRL where it is not installed."""
-    if action != "generate" and importlib.util.find_spec("trl") is None:
-        raise InputError(f"idrm policy {action}: needs TRL, which is not installed here: {EXTRA}")
+    """Raises InputError for an action that needs TRL where it is not installed, or not in a release that has PPO."""
+    if action == "generate":
+        return
+    try:
+        found = importlib.util.find_spec("trl.experimental.ppo")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise InputError(f"idrm policy {action}: needs TRL, in the release of this project's extra: {EXTRA}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from idrm.alignment.rendering import Message, plain_text
 from idrm.errors import InputError
-from idrm.preference import load_preferences
+from idrm.preference import WITHOUT_MARGINS, load_preferences
 
 _RESPONSE_HEADER = "\n\nAssistant:"
 
@@ -44,7 +44,7 @@ def load_examples(action: str, source: str, split: str, has_chat_template: bool)
     Raises:
         InputError: as `load_preferences`; DPO pairs whose prompts differ; no pair with a prompt.
     """
-    pairs, report = load_preferences(source, split=split)
+    pairs, report = load_preferences(source, split=split, columns=WITHOUT_MARGINS)
     seen: set[str] = set()
     kept = []
     for index, pair in enumerate(pairs):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from idrm.alignment import frozen_chat_template
 from idrm.errors import InputError, refusals, require_folder
 from idrm.evaluation.reading import load_tokenizer, load_whole
-from idrm.models import RESERVED_PAD_TOKENS
+from idrm.models import DROPOUT_FIELDS, RESERVED_PAD_TOKENS
 
 
 def load_policy_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model, which pads with a token that its vocabulary has.
+    """The tokenizer of a language model, which pads with a token that its vocabulary has; no date in its template.
 
     The pad token may be EOS, unlike a reward model's: a policy is told by its masks where a response ends.
 
@@ -25,6 +26,9 @@ def load_policy_tokenizer(name_or_path: str, *, trust_remote_code: bool = False)
         raise InputError(f"--model_name_or_path {name_or_path}: has no fast tokenizer (tokenizer.json)")
     if tokenizer.eos_token is None:
         raise InputError(f"--model_name_or_path {name_or_path}: its tokenizer has no EOS token, which ends a response")
+    if isinstance(tokenizer.chat_template, str):
+        # As of a reward model's: what is learnt today is what is rendered tomorrow.
+        tokenizer.chat_template = frozen_chat_template(tokenizer.chat_template)
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         reserved = (token for token in RESERVED_PAD_TOKENS if token in vocabulary)
@@ -73,7 +77,7 @@ def require_shared_tokenizer(
         ("vocabulary", tokenizer.get_vocab(), theirs.get_vocab()),
         ("pad token", tokenizer.pad_token, theirs.pad_token),
         ("EOS token", tokenizer.eos_token, theirs.eos_token),
-        ("chat template", _template(tokenizer), _template(theirs)),
+        ("chat template", tokenizer.chat_template, _template(theirs)),
     ):
         if ours_is != theirs_is:
             raise InputError(
@@ -82,6 +86,47 @@ def require_shared_tokenizer(
             )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise InputError(f"--model_name_or_path {policy}: pads with its EOS token, by which ppo finds a response's end")
+
+
+def require_ending_template(tokenizer: PreTrainedTokenizerBase, name: str, *, with_nothing_behind: bool) -> None:
+    """Refuses a chat template from which a policy would not learn to end its responses.
+
+    Args:
+        name: of the model, for the error.
+        with_nothing_behind: whether EOS also has to be the last thing that it writes, as where a reward model reads a
+            response up to EOS and has learnt to judge at the end.
+
+    Raises:
+        InputError: what it writes behind a response has no EOS in it, or more than that.
+    """
+    if not tokenizer.chat_template:
+        return
+    question, response = "a question", "a response"
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+    with refusals(f"--model_name_or_path {name}: its chat template"):
+        ending = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(response)[2]
+    eos = tokenizer.eos_token
+    if eos not in ending:
+        raise InputError(
+            f"--model_name_or_path {name}: its chat template ends a response with {ending!r} and without its EOS token "
+            f"{eos!r}, so that no policy would learn to end; sft takes another one by --eos_token"
+        )
+    if with_nothing_behind and not ending.endswith(eos):
+        raise InputError(
+            f"--model_name_or_path {name}: its chat template ends a response with {ending!r}; ppo has the reward model "
+            f"read up to {eos!r}, which is not where it has learnt to judge; rloo reads what it was trained on"
+        )
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with no dropout in training either, where its modules keep the probability as a number too."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in DROPOUT_FIELDS:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -24,19 +24,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> li
     return [ids[:-1] if ids[-1:] == [eos] else ids for ids in tokenizer(list(prompts))["input_ids"]]
 
 
-def tokenized_prompts(examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, str]:
-    """The prompts of at most max_length tokens as a data set of input_ids, and a line for the log.
+def short_prompts(
+    examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[Dataset, list[list[int]], str]:
+    """Those of the examples whose prompts have at most max_length tokens, None for any.
 
-    Padded on the left from here on, as generation needs it: the tokenizer is set so.
+    Returns:
+        (examples, ids, summary): their prompts' ids, and a line for the log.
 
     Raises:
         InputError: all are longer.
     """
-    tokenizer.padding_side = "left"
-    kept = [ids for ids in prompt_ids(tokenizer, examples["prompt"][:]) if len(ids) <= max_length]
+    ids = prompt_ids(tokenizer, examples["prompt"][:])
+    if max_length is None:
+        return examples, ids, f"prompts of up to {max(map(len, ids))} tokens: {len(ids):,}"
+    kept = [index for index, prompt in enumerate(ids) if len(prompt) <= max_length]
     if not kept:
         raise InputError(f"--max_prompt_length {max_length}: all {len(examples):,} prompts are longer")
-    longer = len(examples) - len(kept)
-    return Dataset.from_dict(
-        {"input_ids": kept}
-    ), f"prompts of up to {max_length} tokens: {len(kept):,}; {longer:,} longer"
+    summary = f"prompts of up to {max_length} tokens: {len(kept):,}; {len(examples) - len(kept):,} longer, left out"
+    return examples.select(kept), [ids[index] for index in kept], summary

@@ -11,12 +11,13 @@ Formats, told apart by the record's keys and the types of their values (names as
 A `margin` (how much better chosen is) may stand beside any of them, under this or another name (`PairColumns`).
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
+
+import torch
 
 from idrm.errors import InputError
 
@@ -34,14 +35,17 @@ class PairColumns:
     """Where a record says how much better its chosen response is.
 
     Attributes:
-        margin: key of the margin that the loss subtracts.
+        margin: key of the margin that the loss subtracts; None for whom margins are nothing to.
         margin_labels: the margins that words under this key stand for, in lower case; numbers are margins themselves.
         strength: key of a preference strength, below 0 where the label seems wrong; None for none.
     """
 
-    margin: str = "margin"
+    margin: str | None = "margin"
     margin_labels: Mapping[str, float] = field(default_factory=dict)
     strength: str | None = None
+
+
+WITHOUT_MARGINS = PairColumns(margin=None)
 
 
 def convert_record(record: Mapping[str, Any], columns: PairColumns | None = None) -> dict[str, Any]:
@@ -56,7 +60,8 @@ def convert_record(record: Mapping[str, Any], columns: PairColumns | None = None
     """
     columns = columns or PairColumns()
     present = {key: value for key, value in record.items() if value is not None}
-    numbers = {"margin": _number(present, columns.margin, columns.margin_labels)}
+    margin = None if columns.margin is None else _number(present, columns.margin, columns.margin_labels)
+    numbers = {"margin": margin}
     if columns.strength is not None:
         numbers[STRENGTH_COLUMN] = _number(present, columns.strength)
     if {"info", "summaries", "choice"} <= present.keys():
@@ -98,7 +103,8 @@ def _number(record: Mapping[str, Any], key: str, labels: Mapping[str, float] | N
         if margin is None:
             raise InputError(f"expected one of {', '.join(map(repr, labels))} as {key!r}, found {value!r}")
         return margin
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+    # Of a batch they are float32.
+    if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) <= torch.finfo(torch.float32).max:
         raise InputError(f"expected a finite number as {key!r}, found {value!r}")
     return float(value)
 

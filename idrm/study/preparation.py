@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from idrm.errors import InputError
-from idrm.preference.formats import convert_record
+from idrm.preference.formats import WITHOUT_MARGINS, convert_record
 from idrm.processes import termination_as_exit
 from idrm.run_folder import write_whole
 from idrm.sources import load_records
@@ -70,7 +70,7 @@ def write_folds(records: Dataset, recipe: Recipe, places: Places) -> None:
     pairs = []
     for number, record in enumerate(records, start=1):
         try:
-            pairs.append(convert_record(record))
+            pairs.append(convert_record(record, WITHOUT_MARGINS))
         except InputError as error:
             raise InputError(f"record {number}: {error}") from None
     lines = [

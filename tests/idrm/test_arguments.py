@@ -172,7 +172,12 @@ def test_training_arguments_suit_preference_pairs():
 
 @pytest.mark.parametrize(
     ("metric", "greater_is_better"),
-    [("eval_near_interaction_ratio", False), ("eval_preference_loss", False), ("eval_accuracy", True)],
+    [
+        ("eval_near_interaction_ratio", False),
+        ("eval_preference_loss", False),
+        ("eval_latent_kl", False),
+        ("eval_accuracy", True),
+    ],
 )
 def test_the_best_model_is_the_one_with_less_of_what_should_fall(metric, greater_is_better):
     args = parse_arguments([*RUN, "--use_cpu", "true", "--metric_for_best_model", metric]).training_arguments()

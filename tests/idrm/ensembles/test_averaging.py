@@ -126,9 +126,10 @@ def other_tokenizer(folder, **values):
     tokenizer.save_pretrained(folder)
 
 
-def write_runs(first, second, bases, seeds):
-    for folder, base, seed in zip((first, second), bases, seeds, strict=True):
-        (folder / "run.yaml").write_text(yaml.safe_dump({"model_name_or_path": str(base), "seed": seed}))
+def write_runs(first, second, bases, seeds, latents=(None, None)):
+    for folder, base, seed, latent in zip((first, second), bases, seeds, latents, strict=True):
+        recorded = {"model_name_or_path": str(base), "seed": seed, "inform_latent_size": latent}
+        (folder / "run.yaml").write_text(yaml.safe_dump(recorded))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,18 @@ def write_runs(first, second, bases, seeds):
         (lambda a, b: (b / "config.json").unlink(), "run-2: "),
         (lambda a, b: shutil.rmtree(b), "no such folder"),
         (lambda a, b: write_runs(a, b, ("base-a", "base-b"), (1, 1)), "was trained from base-b, and "),
+        (
+            lambda a, b: edit_json(b / "config.json", nested={"attention_dropout": 0.1, "layers": 2}),
+            "its config.json has nested {'layers': 2}, and that of ",
+        ),
+        (
+            lambda a, b: write_runs(a, b, ("base", "base"), (1, 2), (16, 16)),
+            "another bottleneck (--inform_latent_size 16, seed 2) than that of ",
+        ),
+        (
+            lambda a, b: write_runs(a, b, ("base", "base"), (1, 1), (None, 16)),
+            "another bottleneck (--inform_latent_size 16, seed 1) than that of ",
+        ),
     ],
 )
 def test_runs_that_do_not_fit_are_one_line(refused, edit, message):
@@ -189,6 +202,17 @@ def test_one_seed_or_a_shared_head_are_averaged(tmp_path, make_run, student_path
     average([first, second], tmp_path / "shared-head")
     (run, other) = json.loads((tmp_path / "shared-head" / "averaged.json").read_text())["runs"]
     assert (run["base"], run["seed"], other["seed"]) == (str(student_path), 1, 2)
+
+
+def test_dropouts_of_nested_configurations_may_differ_and_the_folder_may_be_a_link(tmp_path, make_run):
+    first, second = make_run(1), make_run(2)
+    for folder, dropout in ((first, 0.05), (second, 0.1)):
+        edit_json(folder / "config.json", nested={"attention_dropout": dropout, "layers": 2})
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    main([str(first), str(second), "--output_dir", str(tmp_path / "link")])
+    assert (tmp_path / "elsewhere" / "model.safetensors").exists()
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_what_is_not_known_is_said_and_what_looks_wrong(tmp_path, make_run, caplog):

@@ -111,6 +111,9 @@ def test_bad_input_is_one_line_and_nothing_written(tmp_path, models, eval_pairs_
     )
     assert "no such folder" in refused(capsys, tmp_path / "nowhere", *pairs, "--output_file", out)
     assert "is --dataset_name" in refused(capsys, models[0], *pairs, "--output_file", eval_pairs_path)
+    again = eval_pairs_path.parent / ".." / eval_pairs_path.parent.name / eval_pairs_path.name
+    overwriting = ("--output_file", again, "--overwrite", "true")
+    assert "is --dataset_name" in refused(capsys, models[0], *pairs, *overwriting)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"chosen": "a b", "rejected": "a c"}\n{"chosen": "a"}\n')
     line = refused(capsys, models[0], "--dataset_name", broken, "--output_file", out)
@@ -122,6 +125,13 @@ def test_bad_input_is_one_line_and_nothing_written(tmp_path, models, eval_pairs_
     out.write_text("mine")
     assert "is there already" in refused(capsys, models[0], *pairs, "--output_file", out)
     assert out.read_text() == "mine"
+
+
+def test_a_column_of_margins_in_words_is_nothing_to_it(tmp_path, models):
+    path = tmp_path / "words.jsonl"
+    path.write_text('{"chosen": "a kettle", "rejected": "a lamp", "margin": "slightly better"}\n')
+    main([str(models[0]), "--dataset_name", str(path), "--output_file", str(tmp_path / "out.jsonl")])
+    assert json.loads((tmp_path / "out.jsonl").read_text())["margin"] == "slightly better"
 
 
 @pytest.mark.parametrize("value", [float("nan"), b"bytes"])

@@ -36,6 +36,7 @@ def tiny(pairs, folder, **flags):
     """Flags of a recipe's run on a machine without a GPU."""
     common = {"dataset_name": pairs, "max_length": 128, "output_dir": folder, "max_steps": 3, "use_cpu": "true"}
     common |= {"bf16": "false", "activation_checkpointing": "false", "save_strategy": "no", "disable_tqdm": "true"}
+    common |= {"pad_token": "<|pad|>"}
     return [f"--{name}={value}" for name, value in {**common, **flags}.items()]
 
 

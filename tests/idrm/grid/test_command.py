@@ -96,6 +96,8 @@ def test_what_would_fail_later_is_refused_before_training(tmp_path, grid_file, t
     assert "--seeds: expected a list of different integers" in refused("--seeds", "0", "0")
     assert "--jobs: expected at least 1" in refused("--jobs", "0")
     assert "behind --: seed: is the grid's to give" in refused("--", "--seed", "3")
+    assert "invalid choice: 'bogus'" in refused("--eval_dtype", "bogus")
+    assert "--values warm: " in refused("--values", "warm=x")
     assert "--launcher no-such-program -n 2: expected a program" in refused("--launcher", "no-such-program -n 2")
     text = yaml.safe_load(grid_file.read_text())
     text["rows"][0]["paper"] = {"Chat": 61.25}

@@ -97,7 +97,7 @@ def test_the_first_failure_ends_the_others(tmp_path, launcher):
 
 def test_sigterm_ends_the_runs_too_those_that_do_not_heed_it(tmp_path, launcher, monkeypatch):
     command, log = launcher
-    monkeypatch.setattr(child_processes, "_SECONDS_TO_END", 0.5)
+    monkeypatch.setattr(child_processes, "SECONDS_TO_END", 0.5)
 
     def terminate():
         while not any(line.startswith("deaf") for line in log()):

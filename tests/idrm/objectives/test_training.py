@@ -13,6 +13,7 @@ from idrm.errors import InputError
 from idrm.metrics import COLUMNS
 from idrm.objectives import PreferenceLoss, draw_pair_order
 from idrm.preference import load_preferences
+from idrm.train import main as train_main
 from idrm.train import train as train_model
 
 MARGINS = [0.5, -1.0, 0.0, 2.0, 1.0, -0.5, 0.25, 3.0]
@@ -82,15 +83,75 @@ def test_records_have_the_divergence_and_it_is_pressed_down(make_trainer, diverg
 
 def test_evaluation_leaves_the_confidence_term_out(make_trainer):
     """It compares the pairs of a batch, and an evaluation's mean must not depend on its batches."""
-    results = [
-        make_trainer(
+    plain = make_trainer(alpha=0)
+    loss = plain.evaluate()["eval_preference_loss"]
+    for size in (2, 11):
+        trainer = make_trainer(
             alpha=0, preference_loss=PreferenceLoss(confidence_weight=0.9), per_device_eval_batch_size=size
-        ).evaluate()
-        for size in (2, 11)
-    ]
-    plain = make_trainer(alpha=0).evaluate()
-    for result in results:
-        assert result["eval_preference_loss"] == pytest.approx(plain["eval_preference_loss"], rel=1e-6)
+        )
+        ordered = draw_pair_order(trainer.eval_dataset, 0)
+        assert trainer.evaluate(ordered)["eval_preference_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_evaluation_has_margins(make_trainer):
+    trainer = make_trainer(alpha=0)
+    margins = [0.25 * index for index in range(len(trainer.eval_dataset))]
+    evaluated = trainer.eval_dataset.remove_columns("margin").add_column("margin", margins)
+    rows = torch.from_numpy(trainer.predict(trainer.eval_dataset).predictions)
+    chosen, rejected = (rows[:, COLUMNS.index(name)] for name in ("chosen_reward", "rejected_reward"))
+    expected = -torch.nn.functional.logsigmoid(chosen - rejected - torch.tensor(margins)).mean().item()
+    assert trainer.evaluate(evaluated)["eval_preference_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_confidence_loss_without_an_order_is_an_error(make_trainer):
+    trainer = make_trainer(alpha=0, preference_loss=PreferenceLoss(confidence_weight=0.5))
+    with pytest.raises(ValueError, match="does nothing without the order"):
+        trainer.train()
+
+
+def test_every_flag_of_the_command_reaches_the_loss(tmp_path, student_path, judged_pairs_path):
+    """By the first record, of one batch of all pairs at learning rate 0, against the formulas on a plain run's."""
+
+    def first_record(name, *flags):
+        size = ("--per_device_train_batch_size", 48, "--max_steps", 1, "--logging_steps", 1, "--learning_rate", 0)
+        quiet = ("--save_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true")
+        models = ("--model_name_or_path", student_path, "--dataset_name", judged_pairs_path, "--alpha", 0)
+        command = [*map(str, (*models, *size, *quiet, *flags)), "--output_dir", str(tmp_path / name)]
+        train_main(command)
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        return next(record for record in history if "loss" in record)
+
+    plain = first_record("plain")
+    smoothed = first_record("smoothed", "--preference_label_smoothing", 0.25)
+    # -(1 - e) log s(z) - e log s(-z) = -log s(z) + e z
+    assert smoothed["loss"] == pytest.approx(plain["loss"] + 0.25 * plain["margin"], rel=1e-5)
+    margins = first_record("margins", "--margin_column", "margin_mean")
+    assert margins["preference_loss"] > plain["preference_loss"] + 0.1
+    flipped = first_record("flipped", "--flip_fraction", 1.0)
+    assert flipped["margin"] == pytest.approx(-plain["margin"], rel=1e-5)
+    confident = first_record("confident", "--confidence_weight", 0.5, "--confidence_warmup", 0)
+    assert confident["loss"] != pytest.approx(plain["loss"], rel=1e-3)
+    for named in (("--margin_column", "margin"), ("--margin_labels", "llama2_large")):
+        with pytest.raises(SystemExit) as ending:
+            first_record("none", *named)
+        assert ending.value.code == 2
+        assert not (tmp_path / "none").exists()
+
+
+def test_margins_keep_their_dtype_under_deepspeed_in_half_precision(tmp_path, train, student_path, pairs_path):
+    """transformers would round them to bfloat16: 100.3 and 100.4 would be one."""
+    path = tmp_path / "pairs.jsonl"
+    with path.open("w") as file:
+        for index, line in enumerate(pairs_path.read_text().splitlines()):
+            file.write(json.dumps({**json.loads(line), "margin": 100.3 + index / 1000}) + "\n")
+    flags = ("--model_name_or_path", student_path, "--dataset_name", path, "--alpha", 0, "--bf16", "true")
+    flags = (*flags, "--max_steps", 1, "--learning_rate", 0, "--per_device_train_batch_size", 48, "--logging_steps", 1)
+    run = train(tmp_path / "out", *flags, "--save_strategy", "no", "--deepspeed", "ds_zero3.json")
+    assert run.returncode == 0, run.errors
+    (record,) = run.records
+    # Far from 0, the loss is the margin less the difference.
+    mean = 100.3 + sum(range(48)) / 48 / 1000
+    assert record["preference_loss"] + record["margin"] == pytest.approx(mean, abs=2e-3)
 
 
 def test_the_confidence_term_changes_training(make_trainer):

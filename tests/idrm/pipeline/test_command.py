@@ -88,6 +88,7 @@ def test_what_would_fail_later_is_refused_at_once(tmp_path, pipeline_file, capsy
     assert "--values pairs: " in refused("--values", "pairs=p.jsonl")
     assert "--values x: expected name=value" in refused("--values", "x")
     assert "--launcher no-such-program: expected a program" in refused("--launcher", "no-such-program")
+    assert "--launcher 'unclosed: no closing quotation" in refused("--launcher", "'unclosed")
     content = {**PIPELINE, "steps": {**PIPELINE["steps"], "model": {"command": "train", "flags": {"alpha": "x"}}}}
     pipeline_file.write_text(yaml.safe_dump(content, sort_keys=False))
     assert "error: step model: argument --alpha: invalid float value: 'x'" in refused()

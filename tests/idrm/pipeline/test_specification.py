@@ -81,6 +81,13 @@ def test_steps_stand_for_what_they_leave_and_each_makes_several(write, tmp_path)
         ("step: {}", "unknown key 'step'; expected one of title, note"),
         ("steps: {a: {command: trian}}", r"step a: command: expected one of embedded, train, .*, found 'trian'"),
         ("steps: {a: {command: train, argv: []}}", "step a: unknown key 'argv'"),
+        ("steps: {a: {command: [train]}}", r"step a: command: expected one of .*, found \['train'\]"),
+        ("steps: {a: {command: train, each: {}}}", "step a: each: expected a name with a text at least, found none"),
+        (
+            "steps: {a: {command: grid}}\ntables: [{grid: [a]}]",
+            r"tables: expected the name of a grid step, found \['a'\]",
+        ),
+        ("steps: {a: {command: train}}\ntables: 5", "tables: expected a list, found 5"),
         ("steps: {a/b: {command: train}}", "step a/b: expected a name of letters"),
         ("steps: {a: {command: train, inputs: x}}", "step a: inputs: expected a list of paths, found 'x'"),
         ("steps: {a: {command: train, flags: {output_dir: x}}}", "step a: output_dir: is the pipeline's to give"),

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from idrm import child_processes
+from idrm.arguments import parse_arguments as parse_training
 from idrm.errors import InputError
-from idrm.pipeline import specification
+from idrm.pipeline import specification, steps
 from idrm.pipeline.commands import COMMANDS
 from idrm.pipeline.specification import read_pipeline
 from idrm.pipeline.steps import FINISHED_FILE, Place, StepFailed, require_runnable, run_steps
@@ -45,6 +47,28 @@ else:
     (output / "run.yaml").write_text("{}")
 note("end", output.stem)
 """
+
+
+# Stands for a grid: its own child heeds no SIGTERM, and is killed after a second.
+PARENT = """
+import os, sys, signal
+from pathlib import Path
+from idrm import child_processes
+from idrm.processes import termination_as_exit
+child_processes.SECONDS_TO_END = 1
+child = "import signal, os, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+child += f"p = {sys.argv[0] + '.pid'!r}; open(p + '~', 'w').write(str(os.getpid())); "
+child += "os.rename(p + '~', p); time.sleep(60)"
+crew = child_processes.Crew()
+try:
+    with termination_as_exit():
+        crew.run([sys.executable, "-c", child], Path(sys.argv[0] + ".child.log"))
+except BaseException:
+    crew.stop()
+    raise
+"""
+
+GRID = "seeds: [0]\nrows: [{name: InfoRM, overrides: {model_name_or_path: m, dataset_name: d, alpha: 0}}]\n"
 
 
 @pytest.fixture
@@ -89,8 +113,8 @@ def test_each_step_is_run_once_after_those_that_it_names(tmp_path, stub, pipelin
         "margins": {"command": "margins", "inputs": ["{models}/*.yaml"]},
         "model": {"command": "train", "config": "am.yaml", "flags": {"dataset_name": "{margins}", "layers": [-2, -1]}},
     }
-    for name in ("grid.yaml", "am.yaml"):
-        (tmp_path / name).write_text("{}")
+    (tmp_path / "am.yaml").write_text("{}")
+    (tmp_path / "grid.yaml").write_text(GRID)
     run(pipeline(entries), place)
     seen = {name: tokens for kind, name, tokens, _ in filter(lambda note: note[0] == "begin", stub())}
     out = place.folder / "steps"
@@ -201,6 +225,67 @@ def test_a_finished_step_is_not_taken_for_another_one(tmp_path, stub, pipeline, 
     assert f"step model: {tmp_path}/am.yaml: no such file" in refused(before)
 
 
+def test_a_moved_folder_with_a_grid_of_earlier_steps_is_the_same_pipeline(tmp_path, pipeline, place):
+    """Its finished runs name the folder that they were trained in; nothing is held against that any more."""
+    grid = {"seeds": [0], "training": {"dataset_name": "{data}", "model_name_or_path": "m", "alpha": 0}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**grid, "rows": [{"name": "a"}]}))
+    place = dataclasses.replace(place, training=[])
+    content = pipeline(
+        {
+            "data": {"command": "margins", "inputs": ["m"], "flags": {"dataset_name": "d"}},
+            "grid": {"command": "grid", "inputs": ["grid.yaml"], "flags": {"values": ["data={data}"]}},
+            "mean": {"command": "average", "inputs": ["{grid}/runs/a/seed_*"]},
+        }
+    )
+    folder = place.folder / "steps" / "grid" / "runs" / "a" / "seed_0"
+    folder.mkdir(parents=True)
+    flags = ["--dataset_name", str(place.folder / "steps" / "data.jsonl"), "--model_name_or_path", "m", "--alpha", "0"]
+    (folder / "run.yaml").write_text(yaml.safe_dump(parse_training([*flags, "--seed", "0"]).recorded))
+    finished = {step.name: {"step": place.description(step, content), "seconds": 1.0} for step in content.steps}
+    (place.folder / FINISHED_FILE).write_text(json.dumps(finished))
+    require_runnable(content, place)
+    os.rename(place.folder, tmp_path / "moved")
+    require_runnable(content, dataclasses.replace(place, folder=tmp_path / "moved"))
+    (tmp_path / "moved" / FINISHED_FILE).write_text('{"data": 1}')
+    with pytest.raises(InputError, match=r"finished_steps\.json: cannot be read; give another folder"):
+        require_runnable(content, dataclasses.replace(place, folder=tmp_path / "moved"))
+
+
+def test_a_folder_s_name_may_hold_what_patterns_are_made_of(tmp_path, stub, pipeline, place):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    content = pipeline(
+        {
+            "grid": {"command": "grid", "inputs": ["grid.yaml"]},
+            "mean": {"command": "average", "inputs": ["{grid}/runs/inform/seed_*"]},
+            "all": {"command": "average", "inputs": ["{grid}/*.yaml"]},
+        }
+    )
+    place = dataclasses.replace(place, folder=tmp_path / "new[1]")
+    run(content, place)
+    seen = {note[1]: note[2] for note in stub() if note[0] == "begin"}
+    assert seen["all"][0] == f"{tmp_path}/new[1]/steps/grid/run.yaml"
+
+
+def test_a_run_that_a_step_has_started_ends_with_the_pipeline(tmp_path, stub, pipeline, place, monkeypatch):
+    """One that heeds no SIGTERM is ended by its step, which is given the time for it."""
+    monkeypatch.setattr(child_processes, "SECONDS_TO_END", 1)
+    monkeypatch.setattr(steps, "SECONDS_TO_END", 1)
+    (tmp_path / "stub.py").write_text(PARENT)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    pid_file = tmp_path / "stub.py.pid"
+
+    def terminate():
+        while not pid_file.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate).start()
+    with pytest.raises(SystemExit):
+        run(pipeline({"grid": {"command": "grid", "inputs": ["grid.yaml"]}}), place)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
 def test_flags_are_parsed_as_each_command_parses_them_before_any_runs(tmp_path, pipeline, place):
     (tmp_path / "grid.yaml").write_text("seeds: [0]\nrows: [{name: a, overrides: {dataset_name: d, alpha: 1}}]\n")
     place = dataclasses.replace(place, training=[])
@@ -224,9 +309,7 @@ def test_flags_are_parsed_as_each_command_parses_them_before_any_runs(tmp_path, 
         assert str(refusal.value).startswith("step a: ")
         assert message in str(refusal.value)
     grid = {"command": "grid", "inputs": ["runs.yaml"]}
-    (tmp_path / "runs.yaml").write_text(
-        "seeds: [0]\nrows: [{name: InfoRM, overrides: {model_name_or_path: m, dataset_name: d, alpha: 0}}]\n"
-    )
+    (tmp_path / "runs.yaml").write_text(GRID)
     for run, fits in (("inform/seed_0", True), ("inform/seed_*", True), ("informrm/seed_0", False), ("x/*", False)):
         mean = pipeline({"grid": grid, "mean": {"command": "average", "inputs": [f"{{grid}}/runs/{run}"]}})
         if fits:

@@ -1,6 +1,5 @@
 """What policies learn from and go on from: the same texts that reward models read."""
 
-import copy
 import json
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from idrm.errors import InputError
 from idrm.evaluation.reading import MessageReader
 from idrm.policy.dialogues import completion_text, load_examples, prompt_text
-from idrm.policy.prompts import prompt_ids, tokenized_prompts
+from idrm.policy.prompts import prompt_ids, short_prompts
 from idrm.preference import load_preferences
 
 POST = {"subreddit": "tea", "title": "Kettle", "post": "It boils."}
@@ -93,9 +92,10 @@ def test_prompts_that_are_too_long_are_left_out(pairs_path, student_tokenizer):
     examples, _ = load_examples("prompts", str(pairs_path), "train", False)
     lengths = [len(ids) for ids in prompt_ids(student_tokenizer, examples["prompt"][:])]
     middle = sorted(lengths)[len(lengths) // 2]
-    tokenizer = copy.deepcopy(student_tokenizer)
-    kept, summary = tokenized_prompts(examples, tokenizer, middle)
-    assert [len(ids) for ids in kept["input_ids"]] == [length for length in lengths if length <= middle]
-    assert summary.endswith(f"{sum(length > middle for length in lengths)} longer")
+    kept, ids, summary = short_prompts(examples, student_tokenizer, middle)
+    assert list(map(len, ids)) == [length for length in lengths if length <= middle]
+    assert ids == prompt_ids(student_tokenizer, kept["prompt"][:])
+    assert summary.endswith(f"{sum(length > middle for length in lengths)} longer, left out")
+    assert len(short_prompts(examples, student_tokenizer, None)[1]) == len(examples)
     with pytest.raises(InputError, match="prompts are longer"):
-        tokenized_prompts(examples, tokenizer, 2)
+        short_prompts(examples, student_tokenizer, 2)
