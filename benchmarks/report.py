@@ -40,10 +40,15 @@ ADDITIONS = (
     ("all, fused", "fused", BASELINE),
     ("all, cached", "cached", BASELINE),
 )
-TITLES = {"op": "The loss", "training_step": "A training step", "teacher": "The teacher's forward pass"}
-# The teacher's variants in the order of their columns, and the one that the others' times are compared with.
+TITLES = {
+    "op": "The loss",
+    "training_step": "A training step",
+    "preference_step": "A training step beside another trainer's",
+    "teacher": "The teacher's forward pass",
+}
+# The other suites' variants in the order of their columns, the first being what the others' times are compared with.
 TEACHER_VARIANTS = ("eager", "sdpa", "flashdeberta", "sdpa-half")
-TEACHER_BASELINE = "eager"
+PREFERENCE_VARIANTS = ("trl", "two-rows", "shared", "shared-cached", "shared-live")
 QUANTITIES = {
     "time": lambda row: row.median * 1e3,
     "memory": lambda row: row.peak_bytes / 2**20,
@@ -127,7 +132,12 @@ def tables(rows: Sequence[Row]) -> str:
     texts = []
     for (suite, device), group in _grouped(rows, lambda row: (row.suite, row.workload["device"])):
         contests = [list(members) for _, members in _grouped(group, lambda row: row.contest)]
-        shown = {"op": _op_tables, "training_step": _step_tables, "teacher": _teacher_tables}[suite]
+        shown = {
+            "op": _op_tables,
+            "training_step": _step_tables,
+            "preference_step": _preference_tables,
+            "teacher": _teacher_tables,
+        }[suite]
         texts.append(f"### {TITLES[suite]}, {device}\n\n{shown(contests)}")
     failures = [f"- {row.contest}, {row.variant}: {row.failure}" for row in rows if row.failure is not None]
     if failures:
@@ -209,25 +219,40 @@ def _step_tables(contests: Sequence[Sequence[Row]]) -> str:
 
 
 def _teacher_tables(contests: Sequence[Sequence[Row]]) -> str:
-    """Times, each with how many of it the baseline's takes, and peak memory of the teacher's forward pass."""
+    """The teacher's forward pass."""
+    return (
+        "Time, ms, of one joint input; sdpa-half supervises the block at half depth, above which none runs\n\n"
+        + _compared_tables(contests, TEACHER_VARIANTS)
+    )
+
+
+def _preference_tables(contests: Sequence[Sequence[Row]]) -> str:
+    """A step of ours beside TRL's."""
+    return (
+        "Time, ms, of loss and gradients over all pairs: TRL's RewardTrainer; Bradley-Terry in two rows a pair, and "
+        "with each prompt once; and that with interaction distillation, its teacher cached or running\n\n"
+        + _compared_tables(contests, PREFERENCE_VARIANTS)
+    )
+
+
+def _compared_tables(contests: Sequence[Sequence[Row]], order: Sequence[str]) -> str:
+    """Times, each with how many of it the first variant's takes, and peak memory."""
     named = {row.variant for members in contests for row in members}
-    variants = [name for name in TEACHER_VARIANTS if name in named]
-    compared = [name for name in variants if name != TEACHER_BASELINE]
-    times = [["contest", *variants, *(f"{TEACHER_BASELINE} / {name}" for name in compared)]]
+    variants = [name for name in order if name in named]
+    baseline = order[0]
+    compared = [name for name in variants if name != baseline]
+    times = [["contest", *variants, *(f"{baseline} / {name}" for name in compared)]]
     memory = [["contest", *variants]]
     for members in contests:
         by_variant = {row.variant: row for row in members}
         medians = {name: row.median for name, row in by_variant.items()}
-        base = medians.get(TEACHER_BASELINE)
+        base = medians.get(baseline)
         ratios = [f"{base / medians[name]:.2f}" if base and medians.get(name) else "" for name in compared]
         own = [by_variant[name].time_text if name in by_variant else "" for name in variants]
         times.append([members[0].contest, *own, *ratios])
         own = [by_variant[name].memory_text if name in by_variant else "" for name in variants]
         memory.append([members[0].contest, *own])
-    return (
-        "Time, ms, of one joint input; sdpa-half supervises the block at half depth, above which none runs\n\n"
-        f"{_markdown(times)}\n\nPeak memory over the weights and inputs, MiB\n\n{_markdown(memory)}"
-    )
+    return f"{_markdown(times)}\n\nPeak memory over the weights and inputs, MiB\n\n{_markdown(memory)}"
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:

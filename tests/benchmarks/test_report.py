@@ -85,6 +85,19 @@ def test_a_teachers_times_are_compared_with_eagers(fake_contest):
     assert "| fake-2x64 | 300 | 30.0 | wrong |" in text
 
 
+def test_a_step_s_times_are_compared_with_trls(fake_contest):
+    measured = {
+        "shared": Measurement([0.2, 0.2, 0.2], peak_bytes=30 << 20),
+        "trl": Measurement([0.5, 0.5, 0.5], peak_bytes=300 << 20),
+        "shared-live": Measurement([0.4, 0.4, 0.4], peak_bytes=60 << 20),
+    }
+    contest = fake_contest(suite="preference_step")
+    text = tables([of(contest, name, measurement) for name, measurement in measured.items()])
+    assert "| contest | trl | shared | shared-live | trl / shared | trl / shared-live |" in text
+    assert "| fake-2x64 | 500 ±0% | 200 ±0% | 400 ±0% | 2.50 | 1.25 |" in text
+    assert "| fake-2x64 | 300 | 30.0 | 60.0 |" in text
+
+
 def test_exponents_are_those_of_the_largest_sizes(fake_contest):
     assert exponent([(n, 3e-9 * n**2) for n in (512, 1024, 2048, 4096)]) == pytest.approx(2)
     assert exponent([(64, 100.0), (512, 1.0), (1024, 2.0), (2048, 4.0)]) == pytest.approx(1)
