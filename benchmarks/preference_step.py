@@ -38,7 +38,8 @@ from idrm_kernels import available_implementations
 
 VARIANTS = ("trl", "two-rows", "shared", "shared-cached", "shared-live")
 REAL_PAIRS = "hh_rlhf_harmless_base_test.jsonl.gz"
-WORDS = 500  # that made-up pairs are written with
+# That made-up pairs are written with; each is a token of both models.
+WORDS = [f"{chr(97 + index % 26)}{chr(97 + index // 26 % 26)}{chr(97 + index % 7)}" for index in range(500)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,19 +182,19 @@ def _step(contest: PreferenceStepContest) -> _Step:
 
 
 def _made_up_records(contest: PreferenceStepContest) -> list[dict[str, str]]:
-    """Pairs of random words, of which each is a token, a unit, and mostly one token of the teacher's."""
+    """Pairs of random words."""
     source = random.Random(0)
-    words = [f"{chr(97 + index % 26)}{chr(97 + index // 26 % 26)}{index}" for index in range(WORDS)]
 
     def text(count: int) -> str:
-        return "".join(" " + source.choice(words) for _ in range(count))
+        return "".join(" " + source.choice(WORDS) for _ in range(count))
 
     records = []
     shared = round(contest.shared * contest.length)
     for _ in range(contest.batches * contest.batch):
         prompt = text(shared)
-        chosen, rejected = (text(contest.length - shared - 1) for _ in range(2))
-        records.append({"prompt": prompt, "chosen": f" first{chosen}", "rejected": f" second{rejected}"})
+        # A first word of their own each, and EOS at the end.
+        chosen, rejected = (f" {first}{text(contest.length - shared - 2)}" for first in WORDS[:2])
+        records.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return records
 
 
@@ -208,6 +209,7 @@ def _tokenizers(records: Sequence[Mapping[str, Any]]) -> tuple[PreTrainedTokeniz
     """A byte-level BPE for the student and a WordPiece for the teacher, learnt from the pairs."""
     pairs = [convert_record(record) for record in records]
     texts = [message["content"] for pair in pairs for side in ("chosen", "rejected") for message in pair[side]]
+    texts += [f" {word}" for word in WORDS for _ in range(20)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
