@@ -19,8 +19,6 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from trl import RewardConfig
-from trl import RewardTrainer as TrlTrainer
 
 from benchmarks.contest import DTYPES, FUSED
 from benchmarks.teacher import encoder
@@ -144,6 +142,10 @@ class _Step:
             "shared-cached": ours(True, cached, cache),
             "shared-live": ours(True, live),
         }
+        # TRL takes seconds to import, which listing the contests should not.
+        from trl import RewardConfig
+        from trl import RewardTrainer as TrlTrainer
+
         ids = [{f"{side}_ids": pair[f"{side}_input_ids"] for side in ("chosen", "rejected")} for pair in encoded]
         config = RewardConfig(**self._arguments(contest), gradient_checkpointing=False, bf16=False)
         self.trainers["trl"] = TrlTrainer(

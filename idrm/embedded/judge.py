@@ -61,10 +61,15 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: `idrm judge` says what it asks."""
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Nothing: an asker that goes away has been told why, or was ended."""
+
+
 @contextmanager
 def serve() -> Iterator[str]:
     """Answers on a free port of this machine alone, until it is left; yields the address for `--endpoint`."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+    with _Server(("127.0.0.1", 0), _Handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

@@ -7,6 +7,7 @@ import yaml
 
 from idrm.errors import InputError
 from idrm.pipeline import command
+from idrm.pipeline.steps import StepFailed
 
 PIPELINE = {
     "title": "A pipeline",
@@ -95,13 +96,19 @@ def test_what_would_fail_later_is_refused_at_once(tmp_path, pipeline_file, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_the_exit_status_of_a_failed_step_is_passed_on(tmp_path, pipeline_file, capsys):
-    content = {"steps": {"mean": {"command": "average", "inputs": ["nowhere"]}}}
-    pipeline_file.write_text(yaml.safe_dump(content))
+def test_the_exit_status_of_a_failed_step_is_passed_on(tmp_path, pipeline_file, capsys, monkeypatch):
+    log = tmp_path / "mean.log"
+    log.write_text("error: nowhere: no such folder\n")
+
+    def fail(pipeline, place, **_):
+        raise StepFailed(pipeline.steps[0], 7, log)
+
+    monkeypatch.setattr(command, "run_steps", fail)
     with pytest.raises(SystemExit) as ending:
         command.main([str(pipeline_file), "--output_dir", str(tmp_path / "out")])
-    assert ending.value.code == 2
-    assert f"error: {tmp_path}/nowhere" in capsys.readouterr().err
+    assert ending.value.code == 7
+    assert "error: nowhere: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "tables.md").exists()
 
 
 def test_a_file_that_is_not_there():

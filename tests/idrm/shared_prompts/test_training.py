@@ -1,10 +1,15 @@
 """A run whose prompts are read once against the same run in two rows a pair, with every loss there is."""
 
+import json
+
 import pytest
 import torch
+from transformers import AutoConfig
 
+from idrm.arguments import parse_arguments
 from idrm.objectives import PreferenceLoss
 from idrm.objectives.pair_order import draw_pair_order
+from idrm.train import _shares_prompts, main
 
 EVERYTHING = {
     "alpha": 1.0,
@@ -80,20 +85,29 @@ def test_at_two_ranks_under_zero3_it_is_one_plain_process_in_two_rows(
         *("--model_name_or_path", student_path, "--teacher_name_or_path", teacher_path, "--dataset_name", pairs_path),
         *("--max_steps", 4, "--logging_steps", 1, "--save_strategy", "no", "--learning_rate", 1e-3),
     )
-    apart = train(tmp_path / "apart", *flags, "--share_prompt", "off", "--per_device_train_batch_size", 8)
-    sharing = ("--share_prompt", "on", "--per_device_train_batch_size", 4, "--deepspeed", "ds_zero3.json")
+    apart = (*flags, "--share_prompt", "off", "--per_device_train_batch_size", 8, "--use_cpu", "true")
+    main([*map(str, apart), "--disable_tqdm", "true", "--output_dir", str(tmp_path / "apart")])
+    history = json.loads((tmp_path / "apart" / "trainer_state.json").read_text())["log_history"]
+    apart = [record for record in history if "loss" in record]
+    sharing = ("--share_prompt", "on", "--per_device_train_batch_size", 4, "--activation_checkpointing", "true")
+    sharing = (*sharing, "--deepspeed", "ds_zero3.json")
     shared = train(tmp_path / "shared", *flags, *sharing, ranks=2)
-    for run in (apart, shared):
-        assert run.returncode == 0, run.errors
-    assert len(shared.records) == len(apart.records) == 4
-    for ours, theirs in zip(shared.records, apart.records, strict=True):
+    assert shared.returncode == 0, shared.errors
+    assert len(shared.records) == len(apart) == 4
+    for ours, theirs in zip(shared.records, apart, strict=True):
         for name in ("loss", "preference_loss", "interaction_loss", "grad_norm", "margin"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
-def test_what_cannot_share_is_said_once_or_refused(tmp_path, train, student_path, pairs_path):
+def test_what_cannot_share_is_said_once_or_refused(tmp_path, student_path, pairs_path, capsys, caplog):
     flags = ("--model_name_or_path", student_path, "--dataset_name", pairs_path, "--alpha", 0, "--max_steps", 1)
-    refused = train(tmp_path / "on", *flags, "--share_prompt", "on", "--torch_compile", "true")
-    assert refused.returncode == 2
-    assert "error: --share_prompt on: under --torch_compile" in refused.errors
+    flags = (*flags, "--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no", "--output_dir")
+    with pytest.raises(SystemExit) as ending:
+        main([*map(str, flags), str(tmp_path / "on"), "--share_prompt", "on", "--torch_compile", "true"])
+    assert ending.value.code == 2
+    assert "error: --share_prompt on: under --torch_compile" in capsys.readouterr().err
     assert not (tmp_path / "on").exists()
+    config = parse_arguments([*map(str, flags), str(tmp_path / "auto"), "--attn_implementation", "flash_attention_2"])
+    with caplog.at_level("INFO", logger="idrm.train"):
+        assert not _shares_prompts(config, AutoConfig.from_pretrained(student_path), 64)
+    assert "read in both of its sequences: --attn_implementation flash_attention_2 has no such" in caplog.text
