@@ -174,7 +174,7 @@ def make_layout(case: Case, generator: torch.Generator, device: torch.device | s
 OPTIONS = {
     "dtype": [{"dtype": dtype} for dtype in (torch.float32, torch.bfloat16, torch.float16)],
     "lengths": [
-        {"lengths": ((71,), (1,))},
+        {"lengths": ((127,), (1,))},
         {"lengths": ((63,), (64,), (7,)), "causal": True},
         {"lengths": ((1, 64), (7, 0), (0, 0))},
         {"lengths": ((63, 7, 0), (0, 3, 2))},

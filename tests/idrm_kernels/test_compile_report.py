@@ -20,10 +20,13 @@ def report(*arguments):
 @pytest.mark.parametrize(("arch", "dtype"), [("sm_80", "bf16"), ("sm_90", "bf16"), ("sm_90", "tf32")])
 def test_nothing_spills(arch, dtype, tmp_path):
     path = tmp_path / "report.json"
-    result = report("--arch", arch, "--dtype", dtype, "--json", str(path))
+    # The greater one needs more registers, and compiling takes half a minute for both.
+    head_dims = {64, 128} if (arch, dtype) == ("sm_90", "bf16") else {128}
+    flags = ("--head-dim", *map(str, sorted(head_dims)), "--json", str(path))
+    result = report("--arch", arch, "--dtype", dtype, *flags)
     assert result.returncode == 0, result.stderr
     rows = json.loads(path.read_text())
-    assert {row["head_dim"] for row in rows} == {64, 128}
+    assert {row["head_dim"] for row in rows} == head_dims
     assert not [row for row in rows if row["spilled_bytes"]], result.stdout
     # What every GPU of the kind has: the smallest of those that take the tables of sm_80 is sm_86's.
     assert max(row["shared_bytes"] for row in rows) <= {"sm_80": 99, "sm_90": 227}[arch] * 1024
