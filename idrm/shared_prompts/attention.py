@@ -87,7 +87,8 @@ def read_packed_pairs(model: PreTrainedModel) -> None:
     model.forward = MethodType(forward, model)
 
 
-@functools.cache
+# One for each attention function that is looked up; a few, whatever made them.
+@functools.lru_cache(maxsize=64)
 def _of_pairs(attention_function: Callable) -> Callable:
     @functools.wraps(attention_function)
     def attend(

@@ -17,7 +17,7 @@ def report(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", "bf16"), ("sm_90", "bf16"), ("sm_90", "tf32")])
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", "bf16"), ("sm_90", "bf16")])
 def test_nothing_spills(arch, dtype, tmp_path):
     path = tmp_path / "report.json"
     # The greater one needs more registers, and compiling takes half a minute for both.
