@@ -186,3 +186,12 @@ def test_every_policy_of_table_1_has_a_file_and_every_reward_model_a_policy(tmp_
     # Those of the paper; the last three are ours.
     expected = ["warm" if slug == "warm" else f"table-2/runs/{slug}/seed_0" for slug in rows[:-3]]
     assert rewards == [f"{tmp_path}/steps/{place}" for place in expected]
+
+
+def test_policies_and_reward_models_pad_with_one_token(tmp_path):
+    """Llama 3 has no pad token, and ppo has the reward model read the policy's ids."""
+    _, runs = runs_of_grid(PAPER / "table-2.yaml", tmp_path)
+    tokens = {run.model.pad_token for run in runs.values()}
+    tokens |= {flags.get("pad_token") for name, flags in step_flags("tables", tmp_path).items() if name == "sft"}
+    head = parse_arguments(["--config", str(PAPER.parent / "warm" / "head.yaml"), "--output_dir", "out"])
+    assert tokens | {head.model.pad_token} == {"<|reserved_special_token_0|>"}
