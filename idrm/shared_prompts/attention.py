@@ -11,7 +11,7 @@ what it does not know, and so reaches activation checkpointing's recomputation t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -105,31 +105,18 @@ def _of_pairs(attention_function: Callable) -> Callable:
             return attention_function(module, query, key, value, attention_mask, *args, **kwargs)
         needs_masks = module.config._attn_implementation == "eager"
         outputs = []
-        for rows, keys, mask in _parts(packed_pairs):
-            part = (query[:, :, rows], *(_concatenated(tensor, keys) for tensor in (key, value)))
-            if needs_masks:
-                mask = _additive(mask, part[0])
-            outputs.append(attention_function(module, *part, mask, *args, **kwargs)[0])
-        return torch.cat(outputs, dim=1), None
+        for call in packed_pairs.attention_calls:
+            part = (_batch(query, call.rows), _batch(key, call.keys), _batch(value, call.keys))
+            mask = _additive(call.mask, part[0]) if needs_masks else call.mask
+            outputs.append(attention_function(module, *part, mask, *args, **kwargs)[0].flatten(0, 1))
+        return torch.cat(outputs).index_select(0, packed_pairs.restored)[None], None
 
     return attend
 
 
-def _parts(packed: PackedPairs) -> Iterator[tuple[slice, list[slice], Tensor | None]]:
-    """Rows, in the order of the row, their keys, and a mask; None where that is causal attention."""
-    for pair, mask in zip(packed.pairs, packed.rejected_masks, strict=True):
-        shared = slice(pair.start, pair.start + pair.shared)
-        chosen = slice(pair.start, shared.stop + pair.chosen)
-        rejected = slice(chosen.stop, pair.end)
-        if chosen.stop > chosen.start:
-            yield chosen, [chosen], None
-        if pair.rejected:
-            yield rejected, [shared, rejected] if pair.shared else [rejected], mask
-
-
-def _concatenated(tensor: Tensor, slices: list[slice]) -> Tensor:
-    parts = [tensor[:, :, part] for part in slices]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+def _batch(tensor: Tensor, index: Tensor) -> Tensor:
+    """Tokens of (1, heads, tokens, head_dim) as a batch (parts, heads, longest, head_dim)."""
+    return tensor[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Of a call's scores: how many times those that are needed, and how many more in any case, for a call has its own cost.
+MOST_PADDING, FREE_PADDING = 1.3, 1 << 16
 
 
 class PackedPair(NamedTuple):
@@ -63,19 +66,93 @@ class PackedPairs:
         return PackedPairs(self.pairs, *(tensor.pin_memory() for tensor in tensors))
 
     @functools.cached_property
-    def rejected_masks(self) -> tuple[Tensor | None, ...]:
-        """For each pair which keys of [shared, rejected's own] its rejected rows see: (1, 1, rows, keys) bool.
-
-        None where there are no such rows, or where the rows begin with the keys: that is plain causal attention.
-        """
+    def attention_calls(self) -> tuple[AttentionCall, ...]:
+        """What is computed for the row's attention, part by part; every token is a row of one call."""
+        device = self.input_ids.device
+        chosen = [_Part(pair.start, 0, pair.shared + pair.chosen, 0) for pair in self.pairs]
+        # The rows that are rejected's own come after what it shares, between which chosen's own stand.
+        rejected = [_Part(pair.start, pair.shared, pair.rejected, pair.chosen) for pair in self.pairs]
         return tuple(
-            torch.ones(pair.rejected, pair.shared + pair.rejected, dtype=torch.bool, device=self.input_ids.device).tril(
-                pair.shared
-            )[None, None]
-            if pair.rejected and pair.shared
-            else None
-            for pair in self.pairs
+            _call(group, device)
+            for parts in (chosen, rejected)
+            for group in _groups([part for part in parts if part.rows])
         )
+
+    @functools.cached_property
+    def restored(self) -> Tensor:
+        """(tokens,) int64: where each token of the row stands among the rows of all calls, one call behind another."""
+        rows = torch.cat([call.rows.flatten() for call in self.attention_calls])
+        is_row = torch.cat([call.is_row.flatten() for call in self.attention_calls])
+        restored = torch.empty(self.input_ids.shape[1], dtype=torch.int64, device=rows.device)
+        return restored.scatter_(0, rows[is_row], is_row.nonzero().flatten())
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One batch of parts of the row, each of which attends to itself and to what stands before it in its sequence.
+
+    Attributes:
+        rows: (parts, longest) int64, tokens whose attention is computed; some that stand for padding at the end.
+        is_row: (parts, longest) bool, those that do not.
+        keys: (parts, longest sequence) int64, tokens of the sequences, likewise padded.
+        mask: (parts, 1, longest, longest sequence) bool, which keys each row sees; None where rows are the keys, and
+            that is plain causal attention, in which no row sees the padding behind it.
+    """
+
+    rows: Tensor
+    is_row: Tensor
+    keys: Tensor
+    mask: Tensor | None
+
+
+class _Part(NamedTuple):
+    """Rows of one sequence.
+
+    Attributes:
+        start: of the pair.
+        before: tokens of the sequence before its rows, which stand at the pair's start.
+        rows: how many.
+        skipped: tokens between those before and the rows, which are not the sequence's.
+    """
+
+    start: int
+    before: int
+    rows: int
+    skipped: int
+
+    @property
+    def scores(self) -> int:
+        return self.rows * (self.before + self.rows)
+
+
+def _groups(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+    """Parts of about one size together: one call for all that padding does not make much more work of."""
+    group: list[_Part] = []
+    for part in sorted(parts, key=lambda part: (part.before + part.rows, part.rows)):
+        grown = [*group, part]
+        rows, keys = max(part.rows for part in grown), part.before + part.rows
+        padded, needed = len(grown) * rows * keys, sum(part.scores for part in grown)
+        if group and padded > MOST_PADDING * needed and padded - needed > FREE_PADDING:
+            yield group
+            grown = [part]
+        group = grown
+    if group:
+        yield group
+
+
+def _call(parts: Sequence[_Part], device: torch.device) -> AttentionCall:
+    start, before, count, skipped = (
+        torch.tensor(column, device=device)[:, None] for column in zip(*parts, strict=True)
+    )
+    row = torch.arange(max(part.rows for part in parts), device=device)[None]
+    key = torch.arange(max(part.before + part.rows for part in parts), device=device)[None]
+    is_row, is_key = row < count, key < before + count
+    # What stands for padding is the part's first token.
+    rows = torch.where(is_row, start + before + skipped + row, start)
+    keys = torch.where(is_key, start + key + torch.where(key < before, 0, skipped), start)
+    if not any(part.before for part in parts):
+        return AttentionCall(rows, is_row, keys, None)
+    return AttentionCall(rows, is_row, keys, (key[:, None] <= (before + row)[:, :, None])[:, None])
 
 
 def pack_pairs(chosen: Sequence[Sequence[int]], rejected: Sequence[Sequence[int]]) -> PackedPairs:

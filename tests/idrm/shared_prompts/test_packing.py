@@ -1,8 +1,9 @@
 """Where every token of a pair stands in the row."""
 
+import pytest
 import torch
 
-from idrm.shared_prompts import pack_pairs
+from idrm.shared_prompts import pack_pairs, packing
 from idrm.shared_prompts.packing import PackedPair
 
 
@@ -34,12 +35,41 @@ def test_the_common_beginning_is_the_longest_one():
     assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 8]]
 
 
-def test_masks_of_rejected_rows(pairs):
+def seen(packed):
+    """For every token of the row, the tokens that it attends to."""
+    visible = {}
+    for call in packed.attention_calls:
+        mask = call.mask
+        if mask is None:
+            assert torch.equal(call.rows, call.keys)
+            mask = (
+                torch.ones(call.rows.shape[1], call.rows.shape[1], dtype=torch.bool)
+                .tril()
+                .expand(len(call.rows), 1, -1, -1)
+            )
+        for part, (rows, is_row, keys) in enumerate(zip(call.rows, call.is_row, call.keys, strict=True)):
+            for place, row in enumerate(rows[is_row].tolist()):
+                assert row not in visible
+                visible[row] = keys[mask[part, 0, place]].tolist()
+    return visible
+
+
+@pytest.mark.parametrize("free_padding", [0, 1 << 16], ids=["apart", "together"])
+def test_every_token_is_a_row_once_and_sees_its_sequence_up_to_itself(pairs, monkeypatch, free_padding):
+    monkeypatch.setattr(packing, "FREE_PADDING", free_padding)
     packed = pack_pairs(*pairs)
-    for pair, mask in zip(packed.pairs, packed.rejected_masks, strict=True):
-        if not pair.rejected or not pair.shared:
-            assert mask is None
-            continue
-        rows = torch.arange(pair.shared, pair.shared + pair.rejected)
-        keys = torch.arange(pair.shared + pair.rejected)
-        assert torch.equal(mask[0, 0], keys[None] <= rows[:, None])
+    assert len(packed.attention_calls) == (2 if free_padding else 10)
+    visible = seen(packed)
+    assert sorted(visible) == list(range(packed.input_ids.numel()))
+    for pair, *sequences in zip(packed.pairs, *pairs, strict=True):
+        for segment, sequence in enumerate(sequences):
+            places = [pair.place(segment, position) for position in range(len(sequence))]
+            for position, place in enumerate(places):
+                assert visible[place] == places[: position + 1]
+    rows = torch.cat([call.rows.flatten() for call in packed.attention_calls])
+    assert torch.equal(rows[packed.restored], torch.arange(packed.input_ids.numel()))
+
+
+def test_long_parts_are_not_padded_to_much_longer_ones():
+    packed = pack_pairs([[5] * 1000, [5] * 990, [6] * 200], [[5] * 1010, [5] * 995, [6] * 201])
+    assert [len(call.rows) for call in packed.attention_calls] == [1, 2, 3]
