@@ -52,7 +52,7 @@ def _table(table: Table, outputs: dict[str, Path]) -> tuple[dict[str, Any], str,
         counts = [f"{100 * result[key] / result['pairs']:.1f}" for key in ("wins", "ties", "loses", "unparseable")]
         interval = result["interval"]
         rate = "-" if result["win_rate"] is None else f"{100 * result['win_rate']:.1f}"
-        bounds = "-" if interval is None else f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}"
+        bounds = "-" if interval is None else " to ".join(f"{100 * bound:.1f}" for bound in interval)
         lines.append([f"{name} ({result['pairs']:,} prompts)", *counts, rate, bounds])
     judges = sorted({result["judge"] for result in rows.values()})
     explanation = f"Percent; the win rate is win / (win + lose). Judged in both orders by {', '.join(judges)}."
