@@ -27,7 +27,7 @@ train: $(VENV)/.train-installed
 
 # Two processes of one thread each: torch's threads, which spin while they wait, would take the second one's core.
 test: $(VENV)/.test-installed
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal $(ARGS)
 
 benchmark: $(VENV)/.test-installed
 	$(python) -m pytest benchmarks $(ARGS)

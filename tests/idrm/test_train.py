@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from idrm.preference import load_preferences
 
 ZERO3 = ("--deepspeed", "ds_zero3.json")
+SHARED = ("--share_prompt", "on", "--activation_checkpointing", "true")
 
 
 @pytest.fixture(scope="session")
@@ -28,15 +29,16 @@ def flags(student_path, teacher_path, pairs_path, eval_pairs_path):
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory, train, flags):
-    """One plain process."""
-    return train(tmp_path_factory.mktemp("plain") / "out", *flags, "--per_device_train_batch_size", 4)
+    """One plain process, in two rows a pair."""
+    reading = ("--share_prompt", "off", "--per_device_train_batch_size", 4)
+    return train(tmp_path_factory.mktemp("plain") / "out", *flags, *reading)
 
 
 @pytest.fixture(scope="session")
 def zero3(tmp_path_factory, train, flags):
-    """The same run at two ranks under ZeRO-3."""
+    """The same run at two ranks under ZeRO-3, each prompt read once, activations checkpointed."""
     folder = tmp_path_factory.mktemp("zero3") / "out"
-    return train(folder, *ZERO3, *flags, "--per_device_train_batch_size", 2, ranks=2)
+    return train(folder, *ZERO3, *SHARED, *flags, "--per_device_train_batch_size", 2, ranks=2)
 
 
 def weights(run):
@@ -93,7 +95,7 @@ def test_a_killed_run_goes_on_to_the_weights_and_records_of_an_unbroken_one(
     tmp_path, train, start_training, flags, zero3
 ):
     folder = tmp_path / "out"
-    flags = (*ZERO3, *flags, "--per_device_train_batch_size", 2)
+    flags = (*ZERO3, *SHARED, *flags, "--per_device_train_batch_size", 2)
     process = start_training(folder, *flags, ranks=2, start_new_session=True)
     deadline = time.monotonic() + 200
     while not (folder / "checkpoint-8" / "trainer_state.json").exists():
