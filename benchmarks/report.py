@@ -376,12 +376,16 @@ def _write_device(machine: dict[str, str], described: str, rows: Sequence[Row], 
     title = f"{described}; " + ", ".join(f"{len(own)} rows on {date} at {commit}" for (date, commit), own in commits)
     content = {"machine": machine, "rows": [row.as_dict() for row in rows]}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, produce in {
+    files = {
         "report.md": lambda path: path.write_text(f"{title}\n\n{tables(rows)}\n", encoding="utf-8"),
         "rows.json": lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"),
-        "memory.png": lambda path: plot(rows, "memory", path, title),
-        "time.png": lambda path: plot(rows, "time", path, title),
-    }.items():
+    }
+    if _plain_shapes(rows):
+        files |= {
+            "memory.png": lambda path: plot(rows, "memory", path, title),
+            "time.png": lambda path: plot(rows, "time", path, title),
+        }
+    for name, produce in files.items():
         temporary = folder / f".{name}.tmp{Path(name).suffix}"
         try:
             produce(temporary)
