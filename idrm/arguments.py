@@ -250,7 +250,8 @@ class ObjectiveArguments:
         default="margin",
         metadata={
             "help": "Column of the pairs that says by how much chosen is to be ahead: loss = -log sigmoid(chosen - "
-            "rejected - margin). `idrm margins` writes margin_mean. Named, the training pairs have to have it."
+            "rejected - margin). `idrm margins` writes margin_mean. One of another name than margin, the training pairs "
+            "have to have."
         },
     )
     margin_labels: list[str] | None = field(

@@ -25,7 +25,7 @@ COMMANDS = {
         "preference pairs with the margins of several reward models beside them, mean and deviation",
     ),
     "average": ("idrm.ensembles.average_command", "one reward model that is the mean of several runs' weights (WARM)"),
-    "policy": ("idrm.policy.command", "train a policy by SFT, DPO or RLOO with TRL, and have one answer prompts"),
+    "policy": ("idrm.policy.command", "train a policy by SFT, DPO, RLOO or PPO with TRL, and have one answer prompts"),
     "grid": ("idrm.grid.command", "train and evaluate the rows of a table, several seeds each"),
     "pipeline": ("idrm.pipeline.command", "commands that stand on one another, run once each, and tables of them"),
     "study": ("idrm.study.command", "the study of docs/study.md: small reward models, cross-validated"),

@@ -201,6 +201,13 @@ def named_sets(flag: str, entries: Sequence[str] | None) -> dict[str, str]:
     return named
 
 
+def split_at_dashes(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """What stands before a -- on the command line, the process's own unless given, and what stands behind it."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    position = argv.index("--") if "--" in argv else len(argv)
+    return argv[:position], argv[position + 1 :]
+
+
 def named_values(entries: Sequence[str] | None) -> dict[str, str]:
     """Splits the name=value entries of --values; InputError for one that is none, or a name that is there twice."""
     named: dict[str, str] = {}

@@ -13,13 +13,14 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 if __package__ in (None, ""):
     # Started by its path, idrm/ itself is first on sys.path: put the folder that holds the package there instead.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from idrm.alignment import PairEncoder, encode_preferences, exchange_teacher_texts
 from idrm.arguments import (
@@ -113,8 +114,7 @@ def train(config: RunConfiguration) -> None:
     student = load_student(config.model, student_config, tokenizer)
     if objective.inform_latent_size:
         attach_bottleneck(student, objective.inform_latent_size, objective.inform_kl)
-    if share_prompt:
-        read_packed_pairs(student)
+    share_prompt = share_prompt and _let_share(config, student)
     with refused_arguments():
         trainer = RewardTrainer(
             student,
@@ -180,11 +180,23 @@ def _shares_prompts(config: RunConfiguration, student: PreTrainedConfig, longest
     refusal = packed_attention_refusal(student, config.model.attn_implementation, longest)
     if config.training["torch_compile"]:
         refusal = "under --torch_compile every batch would be compiled anew"
-    if refusal is None:
-        return True
-    if asked == "on":
-        raise InputError(f"--share_prompt on: {refusal}")
-    logger.info("A pair's prompt is read in both of its sequences: %s.", refusal)
+    return refusal is None or _not_shared(config, refusal)
+
+
+def _let_share(config: RunConfiguration, student: PreTrainedModel) -> bool:
+    """Whether the student, now that it is loaded, can be called with packed pairs; from here on it can."""
+    try:
+        read_packed_pairs(student)
+    except InputError as error:
+        return _not_shared(config, str(error))
+    return True
+
+
+def _not_shared(config: RunConfiguration, reason: str) -> Literal[False]:
+    """Says why prompts are read twice; InputError where sharing was asked for."""
+    if config.data.share_prompt == "on":
+        raise InputError(f"--share_prompt on: {reason}")
+    logger.info("A pair's prompt is read in both of its sequences: %s.", reason)
     return False
 
 
@@ -265,7 +277,8 @@ def _encoded_pairs(
         split = config.data.dataset_split if trains else config.data.eval_dataset_split
         pairs, report = load_preferences(source, split=split, columns=columns)
         logger.info(report.summary())
-        wants_margins = trains and ("margin_column" in config.given or objective.margin_labels)
+        # Not by what was given: a run.yaml names every column, that of a run without margins too.
+        wants_margins = trains and (objective.margin_column != PairColumns.margin or objective.margin_labels)
         if wants_margins and all(margin is None for margin in pairs["margin"][:]):
             raise InputError(f"--margin_column {objective.margin_column}: no pair of {source} has a value in it")
         if flips:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from idrm.arguments import given_flags
 from idrm.child_processes import last_lines, launcher_of
-from idrm.command_line import FlagParser, fields_of, named_values, require_at_least
+from idrm.command_line import FlagParser, fields_of, named_values, require_at_least, split_at_dashes
 from idrm.errors import InputError
 from idrm.evaluation.benchmark import Benchmark
 from idrm.evaluation.catalogue import benchmark_sources, load_benchmark
@@ -63,9 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Grid, GridArgume
     Raises:
         InputError: an unknown flag, a value of the wrong kind, or a file that is no grid.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    position = argv.index("--") if "--" in argv else len(argv)
-    argv, training = argv[:position], argv[position + 1 :]
+    argv, training = split_at_dashes(argv)
     parser = FlagParser((GridArguments,), "idrm grid")
     parser.add_argument("grid", metavar="GRID.YAML", help="The grid file; see docs/grids.md.")
     parser.epilog = "Flags after -- are given to every training run: idrm grid GRID.YAML -- --max_steps 100"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from idrm.child_processes import last_lines, launcher_of
-from idrm.command_line import FlagParser, fields_of, named_values, require_at_least
+from idrm.command_line import FlagParser, fields_of, named_values, require_at_least, split_at_dashes
 from idrm.embedded.judge import serve
 from idrm.pipeline.specification import Pipeline, read_pipeline
 from idrm.pipeline.steps import Place, StepFailed, require_runnable, run_steps
@@ -48,9 +48,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Pipeline, Pipeli
     Raises:
         InputError: an unknown flag, a value of the wrong kind, or a file that is no pipeline.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    position = argv.index("--") if "--" in argv else len(argv)
-    argv, training = argv[:position], argv[position + 1 :]
+    argv, training = split_at_dashes(argv)
     parser = FlagParser((PipelineArguments,), "idrm pipeline")
     parser.add_argument("pipeline", metavar="PIPELINE.YAML", help="The pipeline file; see docs/pipelines.md.")
     parser.epilog = "Flags after -- are given to every training: idrm pipeline FILE -- --deepspeed ds_zero3.json"

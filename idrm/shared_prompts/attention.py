@@ -65,7 +65,7 @@ def read_packed_pairs(model: PreTrainedModel) -> None:
     try:
         head_name(model)
     except InputError as error:
-        raise InputError(f"--share_prompt on: {type(model).__name__} has no plain reward head") from error
+        raise InputError(f"{type(model).__name__} has no plain reward head") from error
     wrap_attention_functions(Order.PACKED_PAIRS, _of_pairs)
     original = model.forward
 

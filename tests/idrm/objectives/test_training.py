@@ -131,7 +131,10 @@ def test_every_flag_of_the_command_reaches_the_loss(tmp_path, student_path, judg
     assert flipped["margin"] == pytest.approx(-plain["margin"], rel=1e-5)
     confident = first_record("confident", "--confidence_weight", 0.5, "--confidence_warmup", 0)
     assert confident["loss"] != pytest.approx(plain["loss"], rel=1e-3)
-    for named in (("--margin_column", "margin"), ("--margin_labels", "llama2_large")):
+    # A run without margins can be run again from what it left, which names the column.
+    again = first_record("again", "--config", tmp_path / "plain" / "run.yaml")
+    assert again["loss"] == plain["loss"]
+    for named in (("--margin_column", "other"), ("--margin_labels", "llama2_large")):
         with pytest.raises(SystemExit) as ending:
             first_record("none", *named)
         assert ending.value.code == 2

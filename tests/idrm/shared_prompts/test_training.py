@@ -5,12 +5,13 @@ At two ranks under ZeRO-3 it is that of tests/idrm/test_train.py.
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from idrm.arguments import parse_arguments
+from idrm.errors import InputError
 from idrm.objectives import PreferenceLoss
 from idrm.objectives.pair_order import draw_pair_order
-from idrm.train import _shares_prompts, main
+from idrm.train import _let_share, _shares_prompts, main
 
 EVERYTHING = {
     "alpha": 1.0,
@@ -91,3 +92,11 @@ def test_what_cannot_share_is_said_once_or_refused(tmp_path, student_path, pairs
     with caplog.at_level("INFO", logger="idrm.train"):
         assert not _shares_prompts(config, AutoConfig.from_pretrained(student_path), 64)
     assert "read in both of its sequences: --attn_implementation flash_attention_2 has no such" in caplog.text
+    student = AutoModelForSequenceClassification.from_pretrained(student_path)
+    student.score = torch.nn.Sequential(student.score)
+    with caplog.at_level("INFO", logger="idrm.train"):
+        assert not _let_share(config, student)
+    assert "read in both of its sequences: LlamaForSequenceClassification has no plain reward head" in caplog.text
+    config = parse_arguments([*map(str, flags), str(tmp_path / "on"), "--share_prompt", "on"])
+    with pytest.raises(InputError, match="--share_prompt on: LlamaForSequenceClassification has no plain"):
+        _let_share(config, student)
