@@ -250,7 +250,7 @@ class ObjectiveArguments:
         default="margin",
         metadata={
             "help": "Column of the pairs that says by how much chosen is to be ahead: loss = -log sigmoid(chosen - "
-            "rejected - margin). `idrm margins` writes margin_mean. One of another name than margin, the training pairs "
+            "rejected - margin). `idrm margins` writes margin_mean. One of another name than margin, the pairs "
             "have to have."
         },
     )
