@@ -158,8 +158,12 @@ def attention_map_rows(
     problem = MapProblem(*_flat(model, model, layout, "l2", normalization, num_head_groups, 0))
     side = problem.teacher  # with the position bias that the model may have
     if not teacher_side:
+        student = problem.unshared().student
         side = side._replace(
-            unit_offsets=problem.student.unit_offsets, device_unit_offsets=problem.student.device_unit_offsets
+            q=student.q,
+            k=student.k,
+            unit_offsets=student.unit_offsets,
+            device_unit_offsets=student.device_unit_offsets,
         )
     with torch.autocast(model.q.device.type, enabled=False):
         return chunked.map_rows(problem, side, rows)
@@ -241,6 +245,9 @@ def _flat(student, teacher, layout, metric, normalization, num_head_groups, work
         layout.teacher_unit_offsets,
         layout.device_unit_offsets,
         layout.teacher_device_unit_offsets,
+        layout.shared_units,
+        layout.token_index,
+        layout.device_token_index,
         layout.plan,
         layout.device_plan,
         layout.segments,

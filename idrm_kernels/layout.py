@@ -19,14 +19,21 @@ class MapLayout:
 
     Attributes:
         segments: segments per example.
-        num_examples, total_tokens, teacher_total_tokens, total_units: sizes of the batch.
+        num_examples, teacher_total_tokens, total_units: sizes of the batch.
+        total_tokens: rows of the student's q and k; a shared prefix counts once.
         max_units: units of the largest example, all its segments together (the side of StoredMaps).
         max_unit_tokens, teacher_max_unit_tokens: tokens of the largest unit on either side.
         cu_units: (num_segments + 1,) int64 on the host, cumulative units.
         unit_offsets: (total_units + 1,) int64 on the host; unit a holds the student's tokens
-            unit_offsets[a]:unit_offsets[a + 1], so segment s begins at token unit_offsets[cu_units[s]].
+            unit_offsets[a]:unit_offsets[a + 1], so segment s begins at token unit_offsets[cu_units[s]]. Every segment's
+            tokens are counted whole, with a prefix that it shares.
         teacher_unit_offsets: the same for the teacher's tokens.
         device_unit_offsets, teacher_device_unit_offsets: the two on the device of q and k.
+        shared_units: (num_examples,) int64 on the host: so many units at the beginning of all segments of an example
+            are the same student tokens, which q and k hold once.
+        token_index: (unit_offsets[-1],) int64 on the host: the row of q and k that holds each token. None where nothing
+            is shared: token t is row t.
+        device_token_index: the same on the device of q and k.
         plan, device_plan: the fused kernels' tile plan (``idrm_kernels.tiles``), on the host and on the device.
     """
 
@@ -43,6 +50,9 @@ class MapLayout:
     teacher_unit_offsets: Tensor
     device_unit_offsets: Tensor
     teacher_device_unit_offsets: Tensor
+    shared_units: Tensor
+    token_index: Tensor | None
+    device_token_index: Tensor | None
     plan: Tensor
     device_plan: Tensor
 
@@ -56,6 +66,7 @@ class MapLayout:
         cu_units: Counts | None = None,
         unit_of_token: Counts | None = None,
         teacher_unit_of_token: Counts | None = None,
+        shared_prefix_lens: Counts | None = None,
         device: torch.device | str = "cpu",
     ) -> MapLayout:
         """Validates a batch's segments and units and prepares what the implementations need.
@@ -69,12 +80,18 @@ class MapLayout:
             unit_of_token: (total_tokens,) unit row of each student token, counted over the whole batch, non-decreasing.
                 Default: a unit is a token.
             teacher_unit_of_token: (teacher_total_tokens,) likewise. Default: as the student's, for equal cu_seqlens.
+            shared_prefix_lens: (num_examples,) student tokens that all segments of an example begin with, the same
+                tokens in the same states, as the prompt is of a preference pair under causal attention. The student's q
+                and k hold them once, before the rest of each segment: [prefix, rest of segment 0, rest of segment 1,
+                ...], example after example. All other arguments count them in every segment, and every result is that
+                of a batch without sharing, its gradients summed over the segments. Default: 0.
             device: where the device tensors live; the device of q and k.
 
         Raises:
             TypeError: an argument is not made of integers, or lies on another device than the host.
             ValueError: counts that do not start at 0 or decrease, a unit without tokens on either side or in another
-                segment than its token, or sides whose counts do not fit; the message names the argument and the place.
+                segment than its token, sides whose counts do not fit, or a shared prefix that is longer than a segment,
+                ends within a unit or has other units in another segment; the message names the argument and the place.
         """
         if isinstance(segments, bool) or not isinstance(segments, int) or segments < 1:
             raise ValueError(f"segments: expected a positive int, got {segments!r}")
@@ -94,9 +111,8 @@ class MapLayout:
                     f"got {len(teacher_cu_seqlens)}"
                 )
         same_counts = torch.equal(cu_seqlens, teacher_cu_seqlens)
-        total_tokens = int(cu_seqlens[-1])
         if unit_of_token is None:
-            units = torch.arange(total_tokens)
+            units = torch.arange(int(cu_seqlens[-1]))
         else:
             units = integers("unit_of_token", unit_of_token)
         if teacher_unit_of_token is None:
@@ -120,12 +136,13 @@ class MapLayout:
             )
         unit_offsets = _unit_offsets("unit_of_token", units, cu_seqlens, cu_units)
         teacher_unit_offsets = _unit_offsets("teacher_unit_of_token", teacher_units, teacher_cu_seqlens, cu_units)
+        shared_units, token_index = _shared_prefixes(shared_prefix_lens, segments, cu_seqlens, cu_units, unit_offsets)
         units_of_examples = cu_units[::segments].diff()
         plan = make_plan(segments, cu_units, unit_offsets, teacher_unit_offsets)
         return cls(
             segments=segments,
             num_examples=num_segments // segments,
-            total_tokens=total_tokens,
+            total_tokens=int(cu_seqlens[-1]) if token_index is None else _maximum(token_index) + 1,
             teacher_total_tokens=int(teacher_cu_seqlens[-1]),
             total_units=int(cu_units[-1]),
             max_units=_maximum(units_of_examples),
@@ -136,6 +153,9 @@ class MapLayout:
             teacher_unit_offsets=teacher_unit_offsets,
             device_unit_offsets=unit_offsets.to(device),
             teacher_device_unit_offsets=teacher_unit_offsets.to(device),
+            shared_units=shared_units,
+            token_index=token_index,
+            device_token_index=None if token_index is None else token_index.to(device),
             plan=plan,
             device_plan=plan.to(device),
         )
@@ -152,10 +172,12 @@ class MapLayout:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MapLayout:
         """The same layout with its device tensors on another device; what lives on the host stays there."""
+        index = self.device_token_index
         return dataclasses.replace(
             self,
             device_unit_offsets=self.device_unit_offsets.to(device, non_blocking=non_blocking),
             teacher_device_unit_offsets=self.teacher_device_unit_offsets.to(device, non_blocking=non_blocking),
+            device_token_index=None if index is None else index.to(device, non_blocking=non_blocking),
             device_plan=self.device_plan.to(device, non_blocking=non_blocking),
         )
 
@@ -248,6 +270,66 @@ def _unit_offsets(name: str, units: Tensor, cu_seqlens: Tensor, cu_units: Tensor
         empty = int(enclosed[gaps[0]]) + 1
         raise ValueError(f"{name}: expected at least one token in every unit, unit {empty} has none")
     return torch.nn.functional.pad(torch.bincount(units, minlength=total_units).cumsum(0), (1, 0))
+
+
+def _shared_prefixes(
+    lengths: Counts | None, segments: int, cu_seqlens: Tensor, cu_units: Tensor, unit_offsets: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """MapLayout's shared_units and token_index, after checking that the prefixes are whole units, alike everywhere."""
+    name = "shared_prefix_lens"
+    num_examples = (len(cu_seqlens) - 1) // segments
+    shared_units = torch.zeros(num_examples, dtype=torch.int64)
+    if lengths is None:
+        return shared_units, None
+    lengths = integers(name, lengths)
+    if len(lengths) != num_examples:
+        raise ValueError(f"{name}: expected {num_examples} entries, one an example, got {len(lengths)}")
+    if segments == 1:
+        lengths = torch.zeros_like(lengths)  # a segment alone has everything once
+    starts = cu_seqlens[:-1].view(-1, segments)
+    for example, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue
+        shortest = int(cu_seqlens.diff().view(-1, segments)[example].min())
+        if not 0 < length <= shortest:
+            raise ValueError(
+                f"{name}: expected a length in [0, {shortest}], the tokens of the shortest segment of example "
+                f"{example}, got {length}"
+            )
+        ends = []
+        for segment, start in enumerate(starts[example].tolist(), start=example * segments):
+            own = unit_offsets[cu_units[segment] : cu_units[segment + 1] + 1] - start
+            count = int(torch.searchsorted(own, length))
+            if own[count] != length:
+                raise ValueError(
+                    f"{name}: expected the prefix of example {example} to end where a unit of segment {segment} does, "
+                    f"got {length} tokens, within a unit of tokens {int(own[count - 1])} to {int(own[count]) - 1}"
+                )
+            ends.append(own[1 : count + 1])
+        for other, end in enumerate(ends):
+            if not torch.equal(end, ends[0]):
+                raise ValueError(
+                    f"{name}: expected the same units in the prefix of all segments of example {example}, got units "
+                    f"that end after {ends[0][:8].tolist()} and, in segment {example * segments + other}, "
+                    f"{end[:8].tolist()} tokens"
+                )
+        shared_units[example] = len(ends[0])
+    if not lengths.any():
+        return shared_units, None
+    segment_of_token = torch.repeat_interleave(cu_seqlens.diff())
+    place = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[segment_of_token]
+    rest = cu_seqlens.diff() - lengths.repeat_interleave(segments)
+    # In q and k an example has its prefix and the rest of every segment; rest_starts counts to where a rest begins.
+    examples = torch.nn.functional.pad((lengths + rest.view(-1, segments).sum(1)).cumsum(0), (1, 0))[:-1]
+    by_example = rest.view(-1, segments)
+    rest_starts = ((examples + lengths)[:, None] + by_example.cumsum(1) - by_example).flatten()
+    own_length = lengths[segment_of_token // segments]
+    index = torch.where(
+        place < own_length,
+        examples[segment_of_token // segments] + place,
+        rest_starts[segment_of_token] + place - own_length,
+    )
+    return shared_units, index
 
 
 def _maximum(values: Tensor) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor
 SCHEMA = (
     "Tensor q, Tensor k, Tensor? teacher_q, Tensor? teacher_k, Tensor? positions, Tensor? slot_of_delta, Tensor? c2p, "
     "Tensor? p2c, Tensor? maps, Tensor cu_units, Tensor unit_offsets, Tensor teacher_unit_offsets, "
-    "Tensor device_unit_offsets, Tensor teacher_device_unit_offsets, Tensor plan, Tensor device_plan, "
+    "Tensor device_unit_offsets, Tensor teacher_device_unit_offsets, Tensor shared_units, Tensor? token_index, "
+    "Tensor? device_token_index, Tensor plan, Tensor device_plan, "
     "int segments, float softmax_scale, float teacher_softmax_scale, bool causal, bool teacher_causal, "
     "str metric, str normalization, int num_head_groups, int workspace_bytes"
 )
@@ -53,6 +54,9 @@ class MapProblem:
     teacher_unit_offsets: Tensor
     device_unit_offsets: Tensor
     teacher_device_unit_offsets: Tensor
+    shared_units: Tensor
+    token_index: Tensor | None
+    device_token_index: Tensor | None
     plan: Tensor
     device_plan: Tensor
     segments: int
@@ -80,6 +84,28 @@ class MapProblem:
         shapes = (tensor.shape if wanted else (0, *tensor.shape[1:]) for tensor in (self.q, self.k))
         dq, dk = (self.q.new_zeros(shape, dtype=dtype) for shape in shapes)
         return dq, dk
+
+    def unshared(self) -> MapProblem:
+        """The same problem with q and k holding a shared prefix once a segment; itself where nothing is shared."""
+        if self.device_token_index is None:
+            return self
+        return dataclasses.replace(
+            self,
+            q=self.q[self.device_token_index],
+            k=self.k[self.device_token_index],
+            shared_units=torch.zeros_like(self.shared_units),
+            token_index=None,
+            device_token_index=None,
+        )
+
+    def summed_over_segments(self, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of this problem's q and k from those of ``unshared``'s; deterministic on any device."""
+        if self.device_token_index is None or not len(dq):
+            return dq, dk
+        sums = self.zero_gradients(dq.dtype)
+        for total, parts in zip(sums, (dq, dk), strict=True):
+            total.index_put_((self.device_token_index,), parts, accumulate=True)
+        return sums
 
     @property
     def num_examples(self) -> int:

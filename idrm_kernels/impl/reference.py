@@ -1,4 +1,7 @@
-"""The specification: every map of an example is materialised, and the formulas of DESIGN section 2 are written out."""
+"""The specification: every map of an example is materialised, and the formulas of DESIGN section 2 are written out.
+
+A prefix that segments share is repeated in each.
+"""
 
 from __future__ import annotations
 
@@ -134,6 +137,7 @@ def unit_maps(problem: MapProblem, side: Attention, segments: list[range]) -> Te
 
 def distance(problem: MapProblem) -> Tensor:
     """Row distances (num_head_groups, total_units, segments)."""
+    problem = problem.unshared()
     shape = (problem.num_head_groups, problem.total_units, problem.segments)
     distances = torch.zeros(shape, dtype=problem.dtype, device=problem.q.device)
     for index in range(problem.num_examples):
@@ -144,11 +148,12 @@ def distance(problem: MapProblem) -> Tensor:
 
 def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor, Tensor]:
     """dq and dk for the incoming gradient of the row distances."""
-    dq, dk = problem.zero_gradients(problem.q.dtype)
+    unshared = problem.unshared()
+    dq, dk = unshared.zero_gradients(problem.q.dtype)
     for index in range(problem.num_examples):
-        example = Example(problem, index)
-        add_gradients(problem, example, coefficients[:, example.units], dq, dk)
-    return dq, dk
+        example = Example(unshared, index)
+        add_gradients(unshared, example, coefficients[:, example.units], dq, dk)
+    return problem.summed_over_segments(dq, dk)
 
 
 def add_gradients(problem: MapProblem, example: Example, coefficients: Tensor, dq: Tensor, dk: Tensor) -> None:
@@ -162,9 +167,10 @@ def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
     """The loss and, where asked for, its gradients."""
     intra = torch.zeros((), dtype=problem.dtype, device=problem.q.device)
     inter = torch.zeros_like(intra)
-    dq, dk = problem.zero_gradients(problem.gradient_dtype, options.needs_grad)
+    unshared = problem.unshared()
+    dq, dk = unshared.zero_gradients(problem.gradient_dtype, options.needs_grad)
     for index in range(problem.num_examples):
-        example = Example(problem, index)
+        example = Example(unshared, index)
         distances = example.distances()
         coefficients = torch.zeros_like(distances)
         weights = distances.new_ones(problem.total_units) if options.row_weights is None else options.row_weights
@@ -185,5 +191,6 @@ def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
                     else:
                         inter = inter + block / averaged
         if options.needs_grad:
-            add_gradients(problem, example, coefficients, dq, dk)
+            add_gradients(unshared, example, coefficients, dq, dk)
+    dq, dk = problem.summed_over_segments(dq, dk)
     return LossOutput(options.intra_weight * intra + options.inter_weight * inter, intra, inter, dq, dk)

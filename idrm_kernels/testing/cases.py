@@ -20,6 +20,7 @@ class Case:
 
     Attributes:
         lengths: units of every segment of every example.
+        shared: units of the prefix that the segments of every example share, kept once in q and k; () shares nothing.
         peak: factor on q; large values make peaked maps (attention sinks).
         merged: whether units hold several tokens, different numbers on both sides.
         bias: "none", "both", "c2p" or "p2c", by tables of bias_slots slots.
@@ -33,6 +34,7 @@ class Case:
     teacher_head_dim: int = 4
     dtype: torch.dtype = torch.float32
     merged: bool = False
+    shared: tuple[int, ...] = ()
     teacher: str = "packed"
     bias: str = "none"
     bias_slots: int = 5
@@ -148,9 +150,11 @@ def make_layout(case: Case, generator: torch.Generator, device: torch.device | s
     segments = len(case.lengths[0]) if case.lengths else 2
     cu_units = [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()] if lengths else [0]
     total_units = cu_units[-1]
-    sides = []
-    for most in (2, 3) if case.merged else (1, 1):
+    sides, shared_prefix_lens = [], None
+    for side, most in enumerate((2, 3) if case.merged else (1, 1)):
         tokens = torch.randint(1, most + 1, (total_units,), generator=generator)
+        if case.shared and side == 0:
+            shared_prefix_lens = share_prefixes(tokens, case.shared, cu_units, segments)
         cumulative = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
         sides.append((cumulative[torch.tensor(cu_units)], torch.arange(total_units).repeat_interleave(tokens)))
     (cu_seqlens, units), (teacher_cu_seqlens, teacher_units) = sides
@@ -161,6 +165,7 @@ def make_layout(case: Case, generator: torch.Generator, device: torch.device | s
         cu_units=cu_units,
         unit_of_token=units,
         teacher_unit_of_token=teacher_units,
+        shared_prefix_lens=shared_prefix_lens,
         device=device,
     )
     starts = teacher_cu_seqlens[:-1:segments].repeat_interleave(
@@ -168,6 +173,18 @@ def make_layout(case: Case, generator: torch.Generator, device: torch.device | s
     )
     segment = torch.repeat_interleave(teacher_cu_seqlens.diff()) % segments
     return layout, torch.arange(int(teacher_cu_seqlens[-1])) - starts + segment + 1
+
+
+def share_prefixes(tokens: Tensor, shared: tuple[int, ...], cu_units: list[int], segments: int) -> list[int]:
+    """Gives the first units of all segments of an example the first one's token counts, in place; their sums."""
+    lengths = []
+    for example, units in enumerate(shared):
+        starts = cu_units[example * segments : (example + 1) * segments]
+        own = tokens[starts[0] : starts[0] + units].clone()
+        for start in starts:
+            tokens[start : start + units] = own
+        lengths.append(int(own.sum()))
+    return lengths
 
 
 # What pairwise_cases combines: fields of Case, alternatives that belong together in one.
@@ -178,6 +195,7 @@ OPTIONS = {
         {"lengths": ((63,), (64,), (7,)), "causal": True},
         {"lengths": ((1, 64), (7, 0), (0, 0))},
         {"lengths": ((63, 7, 0), (0, 3, 2))},
+        {"lengths": ((70, 69), (5, 3)), "shared": (66, 3)},
     ],
     "teacher": [{"bias": bias} for bias in ("none", "both", "c2p", "p2c")] + [{"teacher": "stored"}],
     "metric": [{"metric": metric} for metric in ("l2", "kl")],

@@ -12,7 +12,7 @@ from idrm_kernels.api import attention_map_distance, attention_map_loss
 from idrm_kernels.inputs import PackedAttention, StoredMaps
 from idrm_kernels.layout import MapLayout
 from idrm_kernels.testing.cases import Case, Problem, error_bound, make_problem
-from idrm_kernels.testing.oracle import oracle_distance, oracle_loss
+from idrm_kernels.testing.oracle import oracle_distance, oracle_loss, repeated
 
 
 def outputs(
@@ -84,6 +84,7 @@ def naive_distance(
     num_head_groups: int = 1,
 ) -> Tensor:
     """What ``attention_map_distance`` returns, with every map of an example in memory."""
+    student = repeated(student, layout)
     parts = []
     for example in range(layout.num_examples):
         own = naive_map(student, layout, example, False, normalization, num_head_groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import torch
@@ -61,6 +62,14 @@ def example_units(layout: MapLayout, example: int, teacher_side: bool) -> tuple[
     return units, segments
 
 
+def repeated(student: PackedAttention, layout: MapLayout) -> PackedAttention:
+    """The student with a prefix that segments share once in every segment."""
+    if layout.device_token_index is None:
+        return student
+    q, k = (tensor[layout.device_token_index] for tensor in (student.q, student.k))
+    return dataclasses.replace(student, q=q, k=k)
+
+
 def oracle_distance(
     student: PackedAttention,
     teacher: PackedAttention | StoredMaps,
@@ -71,6 +80,7 @@ def oracle_distance(
     num_head_groups: int = 1,
 ) -> Tensor:
     """What ``attention_map_distance`` returns, by autograd through materialised maps."""
+    student = repeated(student, layout)
     rows = []
     for example in range(layout.num_examples):
         units, segments = example_units(layout, example, teacher_side=False)

@@ -47,6 +47,18 @@ CASES = {
     "intra-only-block": Case(lengths=RAGGED, inter_weight=0.0, merged=True),
     "intra-only": Case(lengths=RAGGED, inter_weight=0.0, normalization="joint"),
     "softmax-scale": Case(lengths=RAGGED, softmax_scale=0.9, merged=True),
+    "shared": Case(lengths=RAGGED, shared=(4, 0, 0, 0)),
+    "shared-joint-merged": Case(lengths=RAGGED, shared=(5, 1, 0, 0), normalization="joint", merged=True, weighted=True),
+    "shared-kl-row": Case(lengths=RAGGED, shared=(2, 1, 0, 0), metric="kl", reduction="row", merged=True, bias="both"),
+    "shared-groups": Case(
+        lengths=((7, 5), (6, 6)), shared=(5, 6), num_head_groups=2, inter_weight=0.3, reduction="row_sq"
+    ),
+    "shared-three-segments": Case(lengths=((4, 3, 5), (2, 2, 3)), shared=(3, 2), weighted=True, intra_weight=0.7),
+    "shared-three-segments-joint": Case(
+        lengths=((4, 3, 5), (0, 2, 1)), shared=(2, 0), normalization="joint", metric="kl", teacher="stored"
+    ),
+    "shared-intra-only": Case(lengths=RAGGED, shared=(5, 1, 0, 0), inter_weight=0.0, merged=True),
+    "shared-of-one-segment": Case(lengths=((9,), (4,)), shared=(3, 4)),
     "no-examples": Case(lengths=()),
     "empty-examples": Case(lengths=((0, 0), (0, 0))),
 }
@@ -87,6 +99,10 @@ LARGE = {
     "merged-bias-row": Case(lengths=((63, 20), (33, 7)), merged=True, bias="both", reduction="row", weighted=True),
     "attention-sinks": Case(lengths=((127, 64),), peak=12.0, head_dim=32, teacher="stored"),
     "causal": Case(lengths=((130,), (64,)), causal=True, head_dim=16),
+    "shared": Case(lengths=((127, 164), (66, 193)), shared=(100, 65), head_dim=32, teacher_head_dim=16),
+    "shared-merged-joint": Case(
+        lengths=((63, 40), (33, 70)), shared=(35, 0), merged=True, normalization="joint", bias="both", weighted=True
+    ),
 }
 
 
