@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from idrm.objectives.pair_order import ORDER_COLUMN
-from idrm.shared_prompts.packing import pack_pairs
+from idrm.shared_prompts.packing import PackedPair, pack_pairs
 from idrm.teacher_cache.cache import CachedAttention, TeacherCache
 from idrm_kernels import MapLayout
 
@@ -29,7 +29,8 @@ class InteractionInputs:
         teacher_input_ids, teacher_attention_mask, teacher_token_type_ids: (R, M) int64, chosen and rejected jointly; a
             row a pair, or where a pair is read in windows a row for each.
         student_index: (total_tokens,) int64, row * N + position in the student's (2B, N) batch, or the place in its one
-            row, where a shared prompt's tokens stand once and are named for both segments.
+            row. The units that both segments of a pair begin with are named once where the row holds their tokens once:
+            then the layout has them as a shared prefix.
         teacher_index: (teacher_total_tokens,) int64, row * M + position in the teacher's batch.
         teacher_positions: (teacher_total_tokens,) int32, positions in the joint input, specials counted, padding not;
             of a pair read in windows, in the one input that would hold it whole.
@@ -106,38 +107,33 @@ class PairCollator:
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         sides = [[pair[column] for pair in pairs] for column in ("chosen_input_ids", "rejected_input_ids")]
         batch: dict[str, Any] = {"lengths": torch.tensor([[len(sequence) for sequence in side] for side in sides])}
+        places: Sequence[PackedPair | PaddedPair]
         if self.share_prompt:
             packed = pack_pairs(*sides)
             batch |= {"input_ids": packed.input_ids, "packed_pairs": packed}
-
-            def place(example: int, segment: int, position: int) -> int:
-                return packed.pairs[example].place(segment, position)
-
+            places = packed.pairs
         else:
             batch["input_ids"], batch["attention_mask"] = _pad([*sides[0], *sides[1]], self.tokenizer.pad_token_id)
-            width = batch["input_ids"].shape[1]
-
-            def place(example: int, segment: int, position: int) -> int:
-                return (segment * len(pairs) + example) * width + position
-
+            places = padded_pairs(*batch["input_ids"].shape)
         margins = [pair.get("margin") for pair in pairs]
         if any(margin is not None for margin in margins):
             batch["margin"] = torch.tensor([margin or 0.0 for margin in margins], dtype=torch.float32)
         if ORDER_COLUMN in pairs[0]:
             batch[ORDER_COLUMN] = torch.tensor([pair[ORDER_COLUMN] for pair in pairs])
         if self.teacher_tokenizer is not None:
-            inputs = self._interaction(pairs, place)
+            inputs = self._interaction(pairs, places)
             if self.cache is not None:
                 # For the teacher, to whom it makes no difference where the student's tokens stand.
-                cached = self.cache.batch(pairs, inputs.layout.max_units, lambda pair: self._interaction([pair], place))
+                alone = padded_pairs(SEGMENTS, int(batch["lengths"].max()))
+                cached = self.cache.batch(pairs, inputs.layout.max_units, lambda pair: self._interaction([pair], alone))
                 inputs = dataclasses.replace(inputs, cached=cached)
             batch["interaction"] = inputs
         return batch
 
     def _interaction(
-        self, pairs: Sequence[Mapping[str, Any]], place: Callable[[int, int, int], int]
+        self, pairs: Sequence[Mapping[str, Any]], places: Sequence[PackedPair | PaddedPair]
     ) -> InteractionInputs:
-        """Packs the tokens that take part; ``place`` says of (example, segment, position) where the student has it."""
+        """Packs the tokens that take part; ``places`` say where the student has those of each pair."""
         teacher = self.teacher_tokenizer
         teacher_ids, teacher_mask = _pad(_windows(pairs, "teacher_input_ids"), teacher.pad_token_id)
         teacher_types, _ = _pad(_windows(pairs, "teacher_token_type_ids"), teacher.pad_token_type_id)
@@ -145,7 +141,7 @@ class PairCollator:
         first_row = 0
         student_index, teacher_index, teacher_positions = [], [], []
         student_units, teacher_units, row_weights = [], [], []
-        seqlens, teacher_seqlens, unit_counts = [], [], []
+        seqlens, teacher_seqlens, unit_counts, shared_prefix_lens = [], [], [], []
         total_units = 0
         for example, pair in enumerate(pairs):
             lengths = pair["teacher_window_lengths"]
@@ -154,9 +150,12 @@ class PairCollator:
                 (first_row + row) * teacher_width + column for row, n in enumerate(lengths) for column in range(n)
             ]
             first_row += len(lengths)
+            shared = shared_units(pair["student_positions"], pair["student_units"], places[example].shared)
+            shared_prefix_lens.append(shared)
             for segment in range(SEGMENTS):
                 positions, joint_positions = pair["student_positions"][segment], pair["teacher_positions"][segment]
-                student_index += [place(example, segment, position) for position in positions]
+                named = positions if segment == 0 else positions[shared:]
+                student_index += [places[example].place(segment, position) for position in named]
                 teacher_index += [padded[place] for place in pair["teacher_places"][segment]]
                 teacher_positions += joint_positions
                 student_units += [total_units + unit for unit in pair["student_units"][segment]]
@@ -174,6 +173,7 @@ class PairCollator:
             cu_units=list(accumulate(unit_counts, initial=0)),
             unit_of_token=student_units,
             teacher_unit_of_token=teacher_units,
+            shared_prefix_lens=shared_prefix_lens,
         )
         return InteractionInputs(
             teacher_input_ids=teacher_ids,
@@ -186,6 +186,43 @@ class PairCollator:
             row_weights=torch.tensor(row_weights) if self.interaction_rows == "response" else None,
             teacher_span=1 + max(teacher_positions, default=0),
         )
+
+
+class PaddedPair(NamedTuple):
+    """Where one pair stands in two rows of a padded batch; as ``PackedPair`` does in its one.
+
+    Attributes:
+        rows: the first token of the chosen and of the rejected row, row after row.
+    """
+
+    rows: tuple[int, int]
+    shared: int = 0
+
+    def place(self, segment: int, position: int) -> int:
+        """Where a token of a sequence, 0 chosen and 1 rejected, stands in the flat batch."""
+        return self.rows[segment] + position
+
+
+def padded_pairs(rows: int, width: int) -> list[PaddedPair]:
+    """The pairs of a batch of so many rows of this width, those of chosen first."""
+    return [PaddedPair((row * width, (row + rows // 2) * width)) for row in range(rows // 2)]
+
+
+def shared_units(positions: Sequence[Sequence[int]], units: Sequence[Sequence[int]], shared: int) -> int:
+    """Tokens that take part and are the same whole units at the beginning of both segments.
+
+    Args:
+        positions, units: per segment the tokens that take part and their units, from 0 in each segment.
+        shared: the first tokens of both sequences that the student's row holds once.
+    """
+    chosen, rejected = (list(zip(*own, strict=True)) for own in zip(positions, units, strict=True))
+    count = 0
+    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count] and chosen[count][0] < shared:
+        count += 1
+    # Back to where a unit ends in both.
+    while count and any(count < len(own) and own[count] == own[count - 1] for own in units):
+        count -= 1
+    return count
 
 
 def _windows(pairs: Sequence[Mapping[str, Any]], column: str) -> list[list[int]]:

@@ -5,10 +5,16 @@ heads pass through in blocks. What a chunk contains follows from its example alo
 which only decides whether the student's probabilities are kept for the gradient or computed again: so the result does
 not depend on it, nor on the other examples of the batch, not in a bit.
 
+A prefix that segments share is scored once, as rows and as keys: its probabilities are laid out for every segment's
+softmax afterwards, and their gradients summed before they are multiplied. Its rows have the same map in every query
+segment, and as many teachers; so the gradient of an example that shares a prefix takes a sweep of its own, when the
+losses of all its blocks are known.
+
 With t = TILE_ROWS and N the tokens of an example, the live memory beside inputs, gradients and buffers linear in N is
 workspace_bytes at most where probabilities are kept; where they are not, two blocks of t x N for some of the heads (one
 head, or as many as fit in *_HEAD_BLOCK_BYTES) and AVERAGED_TILES tiles t x N, one more a segment where "joint" meets
-"frobenius". In half precision the products are taken in float32, under torch's float32 matmul precision.
+"frobenius"; where a prefix is shared, four blocks, and AVERAGED_TILES for every query segment. In half precision the
+products are taken in float32, under torch's float32 matmul precision.
 """
 
 from __future__ import annotations
@@ -84,10 +90,12 @@ class GroupAttention:
 
     Attributes:
         heads: number of query heads in the group.
-        num_keys: tokens of the example.
+        num_keys: tokens of the example, all its segments' together.
+        prefix: tokens that all segments begin with and k holds once.
         segment_keys: the tokens of every segment, counted within the example.
         supports: the keys that a softmax runs over: all of them, or those of each segment that has any.
-        k: (heads, num_keys, head_dim) in the compute dtype, keys repeated for the query heads that share them.
+        k: (heads, rows of the example, head_dim) in the compute dtype, keys repeated for the query heads that share
+            them; a row is a token, but for a shared prefix.
     """
 
     def __init__(self, problem: MapProblem, side: Attention, example: int, group: int):
@@ -100,6 +108,10 @@ class GroupAttention:
         self.first_head = group * self.heads
         self.first_key, self.last_key = side.unit_offsets[units.start], side.unit_offsets[units.stop]
         self.num_keys = self.last_key - self.first_key
+        if side.token_index is None:
+            self.prefix, own = 0, range(self.first_key, self.last_key)
+        else:
+            self.prefix, own = problem.prefix_tokens(example), problem.example_rows[example]
         starts = [side.unit_offsets[segment.start] - self.first_key for segment in segments] + [self.num_keys]
         self.segment_keys = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
         if problem.normalization == "joint":
@@ -108,7 +120,7 @@ class GroupAttention:
             self.supports = [keys for keys in self.segment_keys if keys.start < keys.stop]
         shared = num_heads // side.k.shape[1]
         self.kv_heads = [head // shared for head in range(self.first_head, self.first_head + self.heads)]
-        k = side.k[self.first_key : self.last_key, self.kv_heads[0] : self.kv_heads[-1] + 1].to(self.dtype)
+        k = side.k[own.start : own.stop, self.kv_heads[0] : self.kv_heads[-1] + 1].to(self.dtype)
         k = k.repeat_interleave(shared, dim=1)[:, self.first_head % shared :][:, : self.heads]
         self.k = k.transpose(0, 1).contiguous()
         self.key_runs = UnitRuns.of(side, units)
@@ -125,12 +137,15 @@ class GroupAttention:
     def queries(self, rows: range, heads: slice) -> Tensor:
         """(heads of the block, rows, head_dim), contiguous whatever the packing."""
         first, last = self.first_head + heads.start, self.first_head + heads.stop
-        q = self.side.q[rows.start : rows.stop, first:last]
+        first_row = self.side.row(rows.start)
+        q = self.side.q[first_row : first_row + len(rows), first:last]
         return q.to(self.dtype).transpose(0, 1).contiguous()
 
     def probabilities(self, rows: range, heads: slice) -> Tensor:
         """Softmax over each support: (heads of the block, rows, num_keys)."""
         scores = torch.bmm(self.queries(rows, heads), self.k[heads].transpose(1, 2)).mul_(self.side.softmax_scale)
+        if self.prefix:
+            scores = self.by_segment(scores)
         if self.side.positions is not None:
             self.add_position_bias(scores, rows, heads)
         if self.side.causal:
@@ -142,6 +157,22 @@ class GroupAttention:
             part.sub_(part.amax(-1, keepdim=True)).exp_()
             part.div_(part.sum(-1, keepdim=True))
         return scores
+
+    def by_segment(self, scores: Tensor) -> Tensor:
+        """(..., num_keys) from (..., rows of the example): the shared prefix before the rest of every segment."""
+        prefix = scores[..., : self.prefix]
+        rests = scores[..., self.prefix :].split([self.rest(keys) for keys in self.segment_keys], dim=-1)
+        return torch.cat([part for rest in rests for part in (prefix, rest)], dim=-1)
+
+    def by_row(self, d_scores: Tensor) -> Tensor:
+        """(..., rows of the example) from (..., num_keys): the gradients of a shared prefix's scores summed."""
+        parts = [d_scores[..., keys] for keys in self.segment_keys]
+        prefix = functools.reduce(torch.add, (part[..., : self.prefix] for part in parts))
+        return torch.cat([prefix, *(part[..., self.prefix :] for part in parts)], dim=-1)
+
+    def rest(self, keys: slice) -> int:
+        """Tokens of a segment behind the shared prefix."""
+        return keys.stop - keys.start - self.prefix
 
     def add_position_bias(self, scores: Tensor, rows: range, heads: slice) -> None:
         """Adds c2p and p2c of DESIGN section 2.2."""
@@ -210,33 +241,52 @@ class Component(NamedTuple):
 class Chunk:
     """Some unit rows against all units of their example: their distances, and what their gradient needs."""
 
-    def __init__(self, problem: MapProblem, student: GroupAttention, teacher: Tensor, units: range, needs_grad: bool):
+    def __init__(
+        self, problem: MapProblem, student: GroupAttention, teachers: list[Tensor], units: range, needs_grad: bool
+    ):
         rows = student.side.unit_offsets[units.stop] - student.side.unit_offsets[units.start]
-        tiles = student.heads + 2 * student.block + AVERAGED_TILES
+        tiles = student.heads + (4 if student.prefix else 2) * student.block + len(teachers) * AVERAGED_TILES
         workspace = tiles * rows * student.num_keys * student.dtype.itemsize
         self.problem = problem
         self.student = student
         self.units = units
         self.kept = deque() if needs_grad and workspace <= problem.workspace_bytes else None
         self.map = student.merged_rows(units, self.kept)
-        self.teacher = teacher
+        self.teachers = teachers
 
-    def distances(self, columns: list[slice]) -> Tensor:
+    def distances(self, columns: list[slice]) -> list[Tensor]:
+        """(units, segments) for each of the teachers."""
+        return [self.distances_to(teacher, columns) for teacher in self.teachers]
+
+    def distances_to(self, teacher: Tensor, columns: list[slice]) -> Tensor:
         """(units, segments)."""
         if self.problem.metric == "l2":
-            entries = (self.map - self.teacher).square_()
+            entries = (self.map - teacher).square_()
         else:
             # The logarithm of a quotient near 1 and a difference of close numbers lose no bits to cancellation.
-            entries = torch.xlogy(self.teacher, self.teacher / self.map.clamp_min(1e-30))
-            entries.add_(self.map - self.teacher)
+            entries = torch.xlogy(teacher, teacher / self.map.clamp_min(1e-30))
+            entries.add_(self.map - teacher)
         return torch.stack([entries[:, y].sum(1) for y in columns], dim=1).clamp_min_(0)
 
-    def map_gradient(self) -> Tensor:
-        """d distance / d U (units, units of the example)."""
-        if self.problem.metric == "l2":
-            return (self.map - self.teacher).mul_(2)
-        quotient = self.teacher / self.map.clamp_min(1e-30)
-        return 1 - quotient.masked_fill_(self.map <= 1e-30, 0)
+    def map_gradient(
+        self, coefficients: list[Tensor], columns: list[slice], block_weights: Sequence[float] | None = None
+    ) -> Tensor:
+        """d loss / d U (units, units of the example), from d loss / d distance to each teacher (units, segments).
+
+        The latter times block_weights (segments,), where they are given.
+        """
+        parts = []
+        for teacher, own in zip(self.teachers, coefficients, strict=True):
+            if self.problem.metric == "l2":
+                part = (self.map - teacher).mul_(2)
+            else:
+                quotient = teacher / self.map.clamp_min(1e-30)
+                part = 1 - quotient.masked_fill_(self.map <= 1e-30, 0)
+            for y, keys in enumerate(columns):
+                factor = own[:, y, None]
+                part[:, keys] *= factor if block_weights is None else factor * block_weights[y]
+            parts.append(part)
+        return functools.reduce(Tensor.add_, parts)
 
     def add_gradients(
         self, d_map: Tensor, components: list[Component], dq: Tensor, dk: list[Tensor], first: int
@@ -247,7 +297,8 @@ class Chunk:
             d_map: (units, units of the example), the derivatives by U.
             components: how they are told apart.
             dq: (components, tokens of the query segment, heads, head_dim); ``first`` is its first token.
-            dk: for each component (heads, tokens of its scores, head_dim).
+            dk: for each component (heads, tokens of its scores, head_dim); where a prefix is shared there is one
+                component, of all keys, with (heads, rows of the example, head_dim).
         """
         student, offsets = self.student, self.student.side.unit_offsets
         scale = student.side.softmax_scale
@@ -272,7 +323,11 @@ class Chunk:
                         part = d_scores[..., support]
                         torch.sub(dp[:, support], part.sum(-1, keepdim=True), out=part)
                     d_scores.mul_(p_scores)
-                    k = student.k[heads, component.scores]
+                    if student.prefix:
+                        d_scores = student.by_row(d_scores)
+                        k = student.k[heads]
+                    else:
+                        k = student.k[heads, component.scores]
                     dq[index, own, heads] += torch.bmm(d_scores, k).mul_(scale).transpose(0, 1)
                     dk[index][heads] += torch.bmm(d_scores.transpose(1, 2), q).mul_(scale)
 
@@ -287,7 +342,13 @@ def _confined(by_key: Tensor, component: Component) -> Tensor:
 
 
 class Block:
-    """The rows of one segment against all segments of its example, for one head group: a sweep over chunks."""
+    """Rows of an example against all its segments, for one head group: a sweep over chunks.
+
+    Attributes:
+        rows: units, the whole of a segment or, where a prefix is shared, the prefix or what follows it in a segment.
+        x: their query segment; of a prefix, the first.
+        copies: for every query segment that has these rows, how many units they come after ``rows``.
+    """
 
     def __init__(
         self,
@@ -295,6 +356,8 @@ class Block:
         example: int,
         group: int,
         x: int,
+        rows: range,
+        copies: list[int],
         student: GroupAttention,
         teacher: GroupAttention | None,
     ):
@@ -302,7 +365,8 @@ class Block:
         self.problem = problem
         self.group = group
         self.x = x
-        self.rows = segments[x]
+        self.rows = rows
+        self.copies = copies
         self.first_unit = segments[0].start
         self.columns = [slice(y.start - self.first_unit, y.stop - self.first_unit) for y in segments]
         self.student = student
@@ -316,7 +380,12 @@ class Block:
 
     def chunk(self, units: range, needs_grad: bool) -> Chunk:
         """One of the runs."""
-        return Chunk(self.problem, self.student, self.teacher_rows(units), units, needs_grad)
+        teachers = [self.teacher_rows(range(units.start + copy, units.stop + copy)) for copy in self.copies]
+        return Chunk(self.problem, self.student, teachers, units, needs_grad)
+
+    def each_copy(self, rows: Tensor, units: range) -> list[Tensor]:
+        """The rows of some units, views, in every query segment that has them."""
+        return [rows[units.start + copy : units.stop + copy] for copy in self.copies]
 
     def teacher_rows(self, units: range) -> Tensor:
         """The teacher's U for some unit rows (units, units of the example)."""
@@ -342,6 +411,8 @@ class Block:
         heads, _, head_dim = self.student.k.shape
         num_rows = offsets[self.rows.stop] - offsets[self.rows.start]
         dq = self.student.k.new_zeros(len(components), num_rows, heads, head_dim)
+        if self.student.prefix:
+            return dq, [torch.zeros_like(self.student.k) for _ in components]
         return dq, [torch.zeros_like(self.student.k[:, component.scores]) for component in components]
 
     @property
@@ -354,8 +425,8 @@ class ExampleGradients:
     """dq and dk of one example in the compute dtype, written out when all its blocks are done."""
 
     def __init__(self, problem: MapProblem, example: int):
-        segments, offsets = problem.example_segments(example), problem.student.unit_offsets
-        self.first, self.last = offsets[segments[0].start], offsets[segments[-1].stop]
+        rows = problem.example_rows[example]
+        self.first, self.last = rows.start, rows.stop
         self.dq, self.dk = (
             tensor.new_zeros((self.last - self.first, *tensor.shape[1:]), dtype=problem.dtype)
             for tensor in (problem.q, problem.k)
@@ -364,11 +435,12 @@ class ExampleGradients:
     def add(self, block: Block, component: Component, dq: Tensor, dk: Tensor) -> None:
         """Adds a component's (rows, heads, head_dim) and (heads, keys of its scores, head_dim)."""
         student = block.student
-        row = block.first_row - self.first
+        row = student.side.row(block.first_row) - self.first
         heads = slice(student.first_head, student.first_head + student.heads)
         self.dq[row : row + dq.shape[0], heads] += dq
+        keys = slice(None) if student.prefix else component.scores
         for index, kv_head in enumerate(student.kv_heads):
-            self.dk[component.scores, kv_head] += dk[index]
+            self.dk[keys, kv_head] += dk[index]
 
     def write(self, dq: Tensor, dk: Tensor) -> None:
         """Copies the sums into the gradients of the whole batch, in their dtype."""
@@ -377,16 +449,21 @@ class ExampleGradients:
 
 
 def example_blocks(problem: MapProblem, example: int) -> Iterator[Block]:
-    """The blocks of an example, per head group and query segment that holds any units."""
+    """The blocks of an example, per head group and query segment that holds any units; a shared prefix is one more."""
     segments = problem.example_segments(example)
     if not any(segments):
         return
+    shared = problem.shared_prefix(example)
+    starts = [segment.start for segment in segments]
+    own_rows = [(x, range(rows.start + shared, rows.stop), [0]) for x, rows in enumerate(segments)]
+    if shared:
+        own_rows.insert(0, (0, range(starts[0], starts[0] + shared), [start - starts[0] for start in starts]))
     for group in range(problem.num_head_groups):
         student = GroupAttention(problem, problem.student, example, group)
         teacher = GroupAttention(problem, problem.teacher, example, group) if problem.maps is None else None
-        for x, rows in enumerate(segments):
+        for x, rows, copies in own_rows:
             if len(rows):
-                yield Block(problem, example, group, x, student, teacher)
+                yield Block(problem, example, group, x, rows, copies, student, teacher)
 
 
 def distance(problem: MapProblem) -> Tensor:
@@ -394,38 +471,40 @@ def distance(problem: MapProblem) -> Tensor:
     shape = (problem.num_head_groups, problem.total_units, problem.segments)
     distances = torch.zeros(shape, dtype=problem.dtype, device=problem.q.device)
     for example in range(problem.num_examples):
-        for block in example_blocks(problem, example):
-            for units in block.runs():
-                chunk = block.chunk(units, needs_grad=False)
-                distances[block.group, units.start : units.stop] = chunk.distances(block.columns)
+        write_distances(problem, example, distances)
     return distances
+
+
+def write_distances(problem: MapProblem, example: int, distances: Tensor) -> None:
+    """An example's row distances, in those of the batch."""
+    for block in example_blocks(problem, example):
+        for units in block.runs():
+            chunk = block.chunk(units, needs_grad=False)
+            own = block.each_copy(distances[block.group], units)
+            for rows, values in zip(own, chunk.distances(block.columns), strict=True):
+                rows.copy_(values)
 
 
 def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor, Tensor]:
     """dq and dk for the incoming gradient of the row distances."""
     dq, dk = problem.zero_gradients(problem.q.dtype)
     for example in range(problem.num_examples):
-        gradients = ExampleGradients(problem, example)
-        for block in example_blocks(problem, example):
-            components = [block.whole()]
-            block_dq, block_dk = block.gradient_buffers(components)
-            for units in block.runs():
-                chunk = block.chunk(units, needs_grad=True)
-                d_map = chunk.map_gradient()
-                weigh(d_map, coefficients[block.group, units.start : units.stop], block.columns)
-                chunk.add_gradients(d_map, components, block_dq, block_dk, block.first_row)
-            gradients.add(block, components[0], block_dq[0], block_dk[0])
-        gradients.write(dq, dk)
+        write_gradients(problem, example, coefficients, dq, dk)
     return dq, dk
 
 
-def weigh(
-    d_map: Tensor, coefficients: Tensor, columns: list[slice], block_weights: Sequence[float] | None = None
-) -> None:
-    """Multiplies the columns of every segment with its coefficients (units, segments) and its weight, in place."""
-    for y, own in enumerate(columns):
-        factor = coefficients[:, y, None]
-        d_map[:, own] *= factor if block_weights is None else factor * block_weights[y]
+def write_gradients(problem: MapProblem, example: int, coefficients: Tensor, dq: Tensor, dk: Tensor) -> None:
+    """An example's gradients, in those of the batch; coefficients (num_head_groups, total_units, segments)."""
+    gradients = ExampleGradients(problem, example)
+    for block in example_blocks(problem, example):
+        components = [block.whole()]
+        block_dq, block_dk = block.gradient_buffers(components)
+        for units in block.runs():
+            chunk = block.chunk(units, needs_grad=True)
+            d_map = chunk.map_gradient(block.each_copy(coefficients[block.group], units), block.columns)
+            chunk.add_gradients(d_map, components, block_dq, block_dk, block.first_row)
+        gradients.add(block, components[0], block_dq[0], block_dk[0])
+    gradients.write(dq, dk)
 
 
 def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
@@ -434,24 +513,48 @@ def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
     A row's coefficient is known as soon as its chunk is done, but for the factor that "frobenius" puts on a whole
     block: there the gradients of every block are kept apart (components) until its sum is known.
     """
-    intra = torch.zeros((), dtype=problem.dtype, device=problem.q.device)
-    inter = torch.zeros_like(intra)
+    losses = torch.zeros(problem.segments, problem.segments, dtype=problem.dtype, device=problem.q.device)
     dq, dk = problem.zero_gradients(problem.gradient_dtype, options.needs_grad)
     weights = options.row_weights
-    weights = intra.new_ones(problem.total_units) if weights is None else weights.to(problem.dtype)
+    weights = losses.new_ones(problem.total_units) if weights is None else weights.to(problem.dtype)
     averaged = problem.num_head_groups * problem.num_examples
+    rows = weights.new_zeros(problem.num_head_groups, problem.total_units, problem.segments)
     for example in range(problem.num_examples):
+        if problem.shared_prefix(example):
+            losses += two_sweeps(problem, example, options, weights, rows, dq, dk)
+            continue
         gradients = ExampleGradients(problem, example) if options.needs_grad else None
         for block in example_blocks(problem, example):
-            losses = sweep(block, options, weights, gradients) / averaged
-            for y, value in enumerate(losses):
-                if y == block.x:
-                    intra = intra + value
-                else:
-                    inter = inter + value
+            losses[block.x] += sweep(block, options, weights, gradients) / averaged
         if gradients is not None:
             gradients.write(dq, dk)
+    intra = losses.trace()
+    inter = losses.fill_diagonal_(0).sum()
     return LossOutput(options.intra_weight * intra + options.inter_weight * inter, intra, inter, dq, dk)
+
+
+def two_sweeps(
+    problem: MapProblem, example: int, options: LossOptions, weights: Tensor, rows: Tensor, dq: Tensor, dk: Tensor
+) -> Tensor:
+    """The losses of an example's blocks (segments, segments), mean over the head groups; writes its gradients.
+
+    rows (num_head_groups, total_units, segments) hold its distances, then d loss / d distance.
+    """
+    write_distances(problem, example, rows)
+    averaged = problem.num_head_groups * problem.num_examples
+    losses = []
+    for x, units in enumerate(problem.example_segments(example)):
+        own = rows[:, units.start : units.stop].transpose(0, 1)  # (units, num_head_groups, segments)
+        own_weights = weights[units.start : units.stop, None, None]
+        block_losses = reduction.block_loss(options.reduction, own, own_weights)
+        losses.append(block_losses.sum(0) / averaged)
+        block_weights = losses[x].new_full((problem.segments,), options.inter_weight / averaged)
+        block_weights[x] = options.intra_weight / averaged
+        known = reduction.row_coefficients(options.reduction, own, own_weights, own_weights.sum(0))
+        own.copy_(known * reduction.block_factor(options.reduction, block_losses) * block_weights)
+    if options.needs_grad:
+        write_gradients(problem, example, rows, dq, dk)
+    return torch.stack(losses)
 
 
 def sweep(block: Block, options: LossOptions, weights: Tensor, gradients: ExampleGradients | None) -> Tensor:
@@ -475,12 +578,11 @@ def sweep(block: Block, options: LossOptions, weights: Tensor, gradients: Exampl
     def sweep_chunk(units: range) -> Tensor:
         """A chunk lives no longer than this call, so that its kept probabilities never meet the next one's."""
         chunk = block.chunk(units, needs_grad)
-        distances = chunk.distances(block.columns)
+        (distances,) = chunk.distances(block.columns)
         if needs_grad:
             chunk_weights = weights[units.start : units.stop, None]
             coefficients = reduction.row_coefficients(options.reduction, distances, chunk_weights, total_weight)
-            d_map = chunk.map_gradient()
-            weigh(d_map, coefficients, block.columns, block_weights)
+            d_map = chunk.map_gradient([coefficients], block.columns, block_weights)
             chunk.add_gradients(d_map, components, dq, dk, block.first_row)
         return distances
 

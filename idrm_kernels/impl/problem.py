@@ -34,6 +34,11 @@ class Attention(NamedTuple):
     p2c: Tensor | None
     unit_offsets: list[int]
     device_unit_offsets: Tensor
+    token_index: Tensor | None
+
+    def row(self, token: int) -> int:
+        """Where q and k hold a token."""
+        return token if self.token_index is None else int(self.token_index[token])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,6 +132,24 @@ class MapProblem:
         """The units of every segment of one example."""
         return self.segment_units[example * self.segments : (example + 1) * self.segments]
 
+    def shared_prefix(self, example: int) -> int:
+        """Units that all segments of an example share, which q and k hold once."""
+        return int(self.shared_units[example])
+
+    def prefix_tokens(self, example: int) -> int:
+        """The student's tokens of ``shared_prefix``."""
+        first = self.example_segments(example)[0].start
+        return int(self.unit_offsets[first + self.shared_prefix(example)] - self.unit_offsets[first])
+
+    @functools.cached_property
+    def example_rows(self) -> list[range]:
+        """The rows of q and k that hold each example."""
+        tokens = self.unit_offsets[self.cu_units[:: self.segments]].diff().tolist()
+        stops = itertools.accumulate(
+            count - (self.segments - 1) * self.prefix_tokens(example) for example, count in enumerate(tokens)
+        )
+        return [range(first, last) for first, last in itertools.pairwise((0, *stops))]
+
     @functools.cached_property
     def student(self) -> Attention:
         """The student's side."""
@@ -141,6 +164,7 @@ class MapProblem:
             p2c=None,
             unit_offsets=self.unit_offsets.tolist(),
             device_unit_offsets=self.device_unit_offsets,
+            token_index=self.token_index,
         )
 
     @functools.cached_property
@@ -157,6 +181,7 @@ class MapProblem:
             p2c=self.p2c,
             unit_offsets=self.teacher_unit_offsets.tolist(),
             device_unit_offsets=self.teacher_device_unit_offsets,
+            token_index=None,
         )
 
 

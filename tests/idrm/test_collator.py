@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from idrm.alignment import PairEncoder
-from idrm.collator import PairCollator
+from idrm.collator import PairCollator, shared_units
 
 RECORDS = [
     {
@@ -47,6 +47,36 @@ def test_indices_point_at_the_tokens_that_take_part(encoded, student_tokenizer, 
     assert batch["attention_mask"].flatten()[inputs.student_index].all()
     assert inputs.layout.num_examples == len(encoded)
     assert inputs.layout.total_units == sum(map(sum, (pair["num_units"] for pair in encoded)))
+
+
+def test_in_one_row_the_units_that_both_begin_with_are_named_once(encoded, student_tokenizer, teacher_tokenizer):
+    batch = PairCollator(student_tokenizer, teacher_tokenizer, share_prompt=True)(encoded)
+    inputs, layout = batch["interaction"], batch["interaction"].layout
+    named = batch["input_ids"].flatten()[inputs.student_index][layout.token_index].tolist()
+    padded = PairCollator(student_tokenizer, teacher_tokenizer)(encoded)
+    index = padded["interaction"].student_index
+    assert named == padded["input_ids"].flatten()[index].tolist()
+    assert len(inputs.student_index) == len(set(inputs.student_index.tolist())) == layout.total_tokens < len(index)
+    assert padded["interaction"].layout.token_index is None
+    # All of the prompt, which the pairs differ behind.
+    assert layout.shared_units.tolist() == [pair["num_units"][0] - pair["response_units"][0] for pair in encoded]
+    assert torch.equal(layout.unit_offsets, padded["interaction"].layout.unit_offsets)
+
+
+@pytest.mark.parametrize(
+    ("positions", "units", "shared", "expected"),
+    [
+        pytest.param([[1, 2, 3, 5], [1, 2, 3, 6]], [[0, 1, 2, 3]] * 2, 4, 3, id="until they stand elsewhere"),
+        pytest.param([[1, 2, 3], [1, 2, 3]], [[0, 1, 2]] * 2, 3, 2, id="until the row holds them twice"),
+        pytest.param([[1, 2, 3], [1, 2, 3]], [[0, 1, 1], [0, 1, 2]], 9, 1, id="whole units of both"),
+        pytest.param([[1, 2], [1, 2, 3]], [[0, 0], [0, 0, 0]], 9, 0, id="a unit that goes on in one"),
+        pytest.param([[1, 2], [1, 2, 3]], [[0, 1], [0, 1, 2]], 9, 2, id="one is the beginning of the other"),
+        pytest.param([[2, 3], [1, 2]], [[0, 1], [0, 1]], 9, 0, id="cut in one"),
+        pytest.param([[], [1]], [[], [0]], 9, 0, id="nothing takes part"),
+    ],
+)
+def test_shared_units(positions, units, shared, expected):
+    assert shared_units(positions, units, shared) == expected
 
 
 def test_a_pair_read_in_windows_has_a_row_for_each(student_tokenizer, teacher_tokenizer):

@@ -30,6 +30,29 @@ def test_units_of_both_sides():
     assert (layout.max_units, layout.max_unit_tokens, layout.teacher_max_unit_tokens) == (3, 3, 2)
 
 
+def test_a_shared_prefix_has_its_rows_once():
+    layout = MapLayout.build(
+        [0, 4, 9, 9, 11],
+        unit_of_token=[0, 0, 1, 2, 3, 3, 4, 4, 5, 6, 7],
+        teacher_cu_seqlens=[0, 3, 6, 6, 8],
+        teacher_unit_of_token=range(8),
+        shared_prefix_lens=[2, 0],
+    )
+    assert (layout.total_tokens, layout.total_units, layout.unit_offsets[-1]) == (9, 8, 11)
+    assert layout.shared_units.tolist() == [1, 0]
+    assert layout.token_index.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8]
+    assert torch.equal(layout.token_index, layout.device_token_index)
+    assert layout.to("meta").device_token_index.device.type == "meta"
+
+
+@pytest.mark.parametrize(("segments", "lengths"), [(2, [0, 0]), (1, [3, 1, 0, 2])])
+def test_nothing_is_shared_by_no_tokens_or_by_one_segment(segments, lengths):
+    layout = MapLayout.build([0, 3, 5, 5, 9], segments=segments, shared_prefix_lens=lengths)
+    assert layout.token_index is None
+    assert layout.total_tokens == 9
+    assert not layout.shared_units.any()
+
+
 def test_units_are_counted_when_not_given():
     layout = MapLayout.build([0, 3, 3, 5], segments=1, unit_of_token=[0, 0, 1, 2, 2])
     assert layout.cu_units.tolist() == [0, 2, 2, 3]
@@ -108,6 +131,31 @@ def test_moves_between_devices():
         ([[0, 3, 4]], {"unit_of_token": [-1, 0, 1, 2]}, ValueError, "unit_of_token: expected a unit of segment 0"),
         ([[0, 2, 4]], {"unit_of_token": [0, 1, 2, 10**13]}, ValueError, "unit_of_token: .* unit 3 has none"),
         ([torch.zeros(3, dtype=torch.int32, device="meta")], {}, TypeError, "on the host"),
+        ([[0, 3, 4]], {"shared_prefix_lens": [1, 1]}, ValueError, "shared_prefix_lens: expected 1 entries, one an exa"),
+        ([[0, 3, 4]], {"shared_prefix_lens": [0.5]}, TypeError, "shared_prefix_lens: expected integers"),
+        (
+            [[0, 2, 4, 7, 8]],
+            {"shared_prefix_lens": [2, 2]},
+            ValueError,
+            r"shared_prefix_lens: expected a length in \[0, 1\], .* of example 1, got 2",
+        ),
+        ([[0, 3, 4]], {"shared_prefix_lens": [-1]}, ValueError, "shared_prefix_lens: expected a length in"),
+        (
+            [[0, 2, 4]],
+            {"shared_prefix_lens": [1], "unit_of_token": [0, 1, 2, 2], "teacher_unit_of_token": [0, 1, 2, 2]},
+            ValueError,
+            "shared_prefix_lens: .* example 0 to end where a unit of segment 1 does, got 1 tokens, within .* 0 to 1",
+        ),
+        (
+            [[0, 3, 6]],
+            {
+                "shared_prefix_lens": [3],
+                "unit_of_token": [0, 0, 1, 2, 3, 3],
+                "teacher_unit_of_token": [0, 0, 1, 2, 3, 3],
+            },
+            ValueError,
+            r"shared_prefix_lens: expected the same units .* after \[2, 3\] and, in segment 1, \[1, 3\] tokens",
+        ),
         ([4], {}, TypeError, "cu_seqlens: expected a list of ints or an integer tensor, got int"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 
 from idrm_kernels import DisentangledBias, MapLayout, PackedAttention, attention_map_distance, attention_map_loss
 from idrm_kernels.api import _arguments
+from idrm_kernels.impl.problem import MapProblem
 from idrm_kernels.ops import OPS
 from idrm_kernels.testing.cases import Case, make_problem
 from idrm_kernels.testing.memory import peak_bytes
@@ -16,6 +17,7 @@ GRADCHECK_CASES = {
     "frobenius": SMALL,
     "joint-kl-row_sq": dataclasses.replace(SMALL, normalization="joint", metric="kl", reduction="row_sq"),
     "joint-merged": dataclasses.replace(SMALL, normalization="joint", merged=True, weighted=True),
+    "shared": dataclasses.replace(SMALL, lengths=((3, 2), (1, 4)), shared=(2, 1), merged=True),
     "row-groups": dataclasses.replace(SMALL, reduction="row", num_head_groups=2, merged=True, inter_weight=0.4),
 }
 
@@ -51,10 +53,11 @@ def test_gradcheck(name, exact_impl):
     [
         Case(lengths=((3, 2),), bias="both", merged=True, num_heads=2, num_kv_heads=1),
         Case(lengths=((3, 0),), teacher="stored", dtype=torch.bfloat16, num_heads=2, num_head_groups=2),
+        Case(lengths=((4, 2),), shared=(2,), num_heads=2, num_kv_heads=1),
         Case(lengths=(), normalization="joint"),
         Case(lengths=((5,), (3,)), causal=True, dtype=torch.float16, reduction="row", num_heads=2),
     ],
-    ids=["bias", "stored", "empty", "causal"],
+    ids=["bias", "stored", "shared", "empty", "causal"],
 )
 def test_opcheck(case, requires_grad, impl, device):
     problem = make_problem(case, device)
@@ -92,8 +95,8 @@ def training_step(problem, q, k, **options):
 def test_compiles_without_a_graph_break(dynamic, impl, device):
     torch.compiler.reset()
     compiled = torch.compile(training_step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for lengths in (((7, 5),), *([((4, 0), (3, 2))] if dynamic else [])):
-        case = Case(lengths=lengths, merged=True, bias="both", num_heads=2, num_kv_heads=1)
+    for lengths, shared in ((((7, 5),), (3,)), *([(((4, 1), (3, 2)), (1, 1))] if dynamic else [])):
+        case = Case(lengths=lengths, shared=shared, merged=True, bias="both", num_heads=2, num_kv_heads=1)
         problem, q, k = make_problem(case, device).leaves()
         eager = training_step(problem, q, k, impl=impl)
         eager_gradients = torch.autograd.grad(eager, (q, k))
@@ -177,6 +180,7 @@ BITWISE_CASES = [
     Case(lengths=((50, 7), (0, 3)), num_heads=2, num_kv_heads=1, head_dim=16, merged=True),
     Case(lengths=((65, 9), (0, 3)), num_heads=2, head_dim=16, normalization="joint", metric="kl", num_head_groups=2),
     Case(lengths=((65, 7),), num_heads=2, head_dim=16, dtype=torch.bfloat16, bias="both", reduction="row"),
+    Case(lengths=((50, 70),), shared=(40,), num_heads=2, num_kv_heads=1, head_dim=16),
 ]
 
 
@@ -190,7 +194,7 @@ def values_and_gradients(problem, case, **options):
     return loss.detach(), distance.detach(), *gradients
 
 
-@pytest.mark.parametrize("case", BITWISE_CASES, ids=["merged", "joint", "bias"])
+@pytest.mark.parametrize("case", BITWISE_CASES, ids=["merged", "joint", "bias", "shared"])
 def test_repeats_bit_for_bit_whatever_the_workspace(case, impl, device):
     problem = make_problem(case, device)
     first = values_and_gradients(problem, case, impl=impl)
@@ -199,13 +203,16 @@ def test_repeats_bit_for_bit_whatever_the_workspace(case, impl, device):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), workspace_bytes
 
 
-@pytest.mark.parametrize("case", BITWISE_CASES, ids=["merged", "joint", "bias"])
+@pytest.mark.parametrize("case", BITWISE_CASES, ids=["merged", "joint", "bias", "shared"])
 def test_other_examples_change_no_bit(case, impl, device):
     """The example alone, and as the second of a batch at an odd offset: equal distances; equal gradients of them."""
-    whole = make_problem(dataclasses.replace(case, lengths=((13, 2), *case.lengths)), device)
+    more = {"lengths": ((13, 2), *case.lengths), "shared": (2, *case.shared) if case.shared else ()}
+    whole = make_problem(dataclasses.replace(case, **more), device)
     layout = whole.layout
     first, last = layout.cu_units[2], layout.cu_units[4]
-    tokens = slice(int(layout.unit_offsets[first]), int(layout.unit_offsets[last]))
+    arguments = _arguments(whole.student, whole.teacher, layout, *case.map_options.values(), workspace_bytes=0)
+    rows = MapProblem(*arguments).example_rows[1]
+    tokens = slice(rows.start, rows.stop)
     teacher_tokens = slice(int(layout.teacher_unit_offsets[first]), int(layout.teacher_unit_offsets[last]))
     cu_units = layout.cu_units[2:5] - first
     sides = []
@@ -219,6 +226,7 @@ def test_other_examples_change_no_bit(case, impl, device):
         cu_units=cu_units,
         unit_of_token=units,
         teacher_unit_of_token=teacher_units,
+        shared_prefix_lens=case.shared or None,
         device=device,
     )
     bias = whole.teacher.position_bias
