@@ -2,7 +2,8 @@
 
 A causal model gives the common beginning of two sequences the same states in both, so that it is read once. Of a pair,
 [shared, chosen's own] is one causal sequence; the rows that are rejected's own attend to [shared, rejected's own]. No
-mask of the row is ever made, and no pair sees another.
+mask of the row is ever made, and no pair sees another. Flash attention takes all of it in one call, for its causal mask
+is aligned at the end of either length; the others take a few calls, of parts of about one size.
 
 The layout travels as an argument of the model's forward pass down to its attention functions, as transformers passes on
 what it does not know, and so reaches activation checkpointing's recomputation too.
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from idrm.attention_functions import Order, wrap_attention_functions
@@ -30,7 +32,8 @@ MODEL_TYPES = (
     *("gemma", "glm", "gpt2", "gpt_neox", "helium", "llama", "mistral", "olmo", "olmo2", "opt", "phi", "phi3"),
     *("qwen2", "qwen3", "smollm3", "starcoder2"),
 )
-IMPLEMENTATIONS = ("eager", "sdpa")
+FLASH_IMPLEMENTATIONS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+IMPLEMENTATIONS = ("eager", "sdpa", *FLASH_IMPLEMENTATIONS)
 
 
 def packed_attention_refusal(config: PreTrainedConfig, implementation: str | None, longest: int) -> str | None:
@@ -45,7 +48,9 @@ def packed_attention_refusal(config: PreTrainedConfig, implementation: str | Non
     if text.model_type not in MODEL_TYPES:
         return f"{text.model_type} is none of the models that it was tried with ({', '.join(MODEL_TYPES)})"
     if (implementation or "sdpa") not in IMPLEMENTATIONS:
-        return f"--attn_implementation {implementation} has no such attention; {' and '.join(IMPLEMENTATIONS)} have"
+        return f"--attn_implementation {implementation} has no such attention; {', '.join(IMPLEMENTATIONS)} have"
+    if implementation in FLASH_IMPLEMENTATIONS and flash_attn_supports_top_left_mask():
+        return f"this device's {implementation} aligns causal masks at the beginning"
     window = getattr(text, "sliding_window", None)
     slides = getattr(text, "use_sliding_window", window is not None)
     if slides and window is not None and window < longest:
@@ -103,6 +108,14 @@ def _of_pairs(attention_function: Callable) -> Callable:
     ) -> tuple[Tensor, Tensor | None]:
         if packed_pairs is None:
             return attention_function(module, query, key, value, attention_mask, *args, **kwargs)
+        if module.config._attn_implementation in FLASH_IMPLEMENTATIONS:
+            lengths = packed_pairs.variable_lengths
+            query, key, value = (
+                tensor.index_select(2, tokens)
+                for tensor, tokens in ((query, lengths.rows), (key, lengths.keys), (value, lengths.keys))
+            )
+            output = attention_function(module, query, key, value, None, *args, **kwargs, **lengths.arguments)[0]
+            return output.index_select(1, lengths.restored), None
         needs_masks = module.config._attn_implementation == "eager"
         outputs = []
         for call in packed_pairs.attention_calls:

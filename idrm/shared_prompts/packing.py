@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 import torch
@@ -68,15 +68,20 @@ class PackedPairs:
     @functools.cached_property
     def attention_calls(self) -> tuple[AttentionCall, ...]:
         """What is computed for the row's attention, part by part; every token is a row of one call."""
-        device = self.input_ids.device
+        return tuple(_call(group, self.input_ids.device) for parts in self._parts for group in _groups(parts))
+
+    @functools.cached_property
+    def variable_lengths(self) -> VariableLengths:
+        """The same as sequences of different lengths in one call, for flash attention."""
+        return VariableLengths.of([part for parts in self._parts for part in parts], self.input_ids.device)
+
+    @property
+    def _parts(self) -> tuple[list[_Part], list[_Part]]:
+        """Of all pairs what is shared with chosen's own, and then the rows that are rejected's own."""
         chosen = [_Part(pair.start, 0, pair.shared + pair.chosen, 0) for pair in self.pairs]
-        # The rows that are rejected's own come after what it shares, between which chosen's own stand.
+        # They come after what is shared, between which chosen's own stand.
         rejected = [_Part(pair.start, pair.shared, pair.rejected, pair.chosen) for pair in self.pairs]
-        return tuple(
-            _call(group, device)
-            for parts in (chosen, rejected)
-            for group in _groups([part for part in parts if part.rows])
-        )
+        return [part for part in chosen if part.rows], [part for part in rejected if part.rows]
 
     @functools.cached_property
     def restored(self) -> Tensor:
@@ -103,6 +108,38 @@ class AttentionCall:
     is_row: Tensor
     keys: Tensor
     mask: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class VariableLengths:
+    """The parts of the row one behind another, each the last rows of its sequence: causal, aligned at the end.
+
+    Attributes:
+        rows: (tokens,) int64, the tokens whose attention is computed, each of the row's once.
+        keys: (keys,) int64, the tokens of every part's sequence; those that are shared stand there twice.
+        restored: (tokens,) int64, where each token of the row stands among ``rows``.
+        arguments: cu_seq_lens_q and cu_seq_lens_k (parts + 1,) int32, max_length_q and max_length_k, as transformers
+            hands them to flash attention.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    restored: Tensor
+    arguments: dict[str, Tensor | int]
+
+    @classmethod
+    def of(cls, parts: Sequence[_Part], device: torch.device) -> VariableLengths:
+        """For some parts that hold every token of the row once."""
+        own = [torch.arange(part.rows) + part.start + part.before + part.skipped for part in parts]
+        before = [torch.arange(part.before) + part.start for part in parts]
+        rows = torch.cat(own)
+        keys = torch.cat([tokens for both in zip(before, own, strict=True) for tokens in both])
+        lengths = {"q": [part.rows for part in parts], "k": [part.before + part.rows for part in parts]}
+        arguments: dict[str, Tensor | int] = {}
+        for side, counts in lengths.items():
+            cumulative = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+            arguments |= {f"cu_seq_lens_{side}": cumulative.to(device), f"max_length_{side}": max(counts)}
+        return cls(rows.to(device), keys.to(device), rows.argsort().to(device), arguments)
 
 
 class _Part(NamedTuple):

@@ -58,6 +58,9 @@ def padded_rewards(model, chosen, rejected):
     """Rewards (2B,) of ordinary rows, padded on the right."""
     sequences = [*chosen, *rejected]
     longest = max(map(len, sequences))
-    ids = torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences])
-    mask = torch.tensor([[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences])
+    ids = torch.tensor([[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences], device=model.device)
+    mask = (
+        torch.arange(longest, device=model.device)
+        < torch.tensor(list(map(len, sequences)), device=model.device)[:, None]
+    )
     return model(input_ids=ids, attention_mask=mask).logits[:, 0]

@@ -1,16 +1,22 @@
 """Packed rewards and gradients against those of ordinary rows, for every family; no token sees what it must not."""
 
+import functools
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig
+from transformers import modeling_flash_attention_utils as flash
+from transformers.utils import is_flash_attn_2_available
 
 from idrm.errors import InputError
 from idrm.shared_prompts import pack_pairs, packed_attention_refusal, read_packed_pairs
-from idrm.shared_prompts.attention import IMPLEMENTATIONS, MODEL_TYPES
+from idrm.shared_prompts.attention import MODEL_TYPES
 from tests.idrm.shared_prompts.conftest import padded_rewards
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_rewards_and_gradients_are_those_of_ordinary_rows(decoder, pairs, model_type, implementation):
     model = decoder(model_type, implementation).double()
@@ -30,6 +36,59 @@ def test_rewards_and_gradients_are_those_of_ordinary_rows(decoder, pairs, model_
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))
     # What it was called with before, it still takes.
     torch.testing.assert_close(padded_rewards(model, *pairs), expected, rtol=0, atol=0)
+
+
+def bottom_right_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+    """What flash_attn_varlen_func computes, by its documentation: (tokens, heads, head_dim) of several sequences."""
+    assert causal
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    outputs = []
+    for (a, b), (c, d) in zip(itertools.pairwise(cu_seqlens_q), itertools.pairwise(cu_seqlens_k), strict=True):
+        assert b - a <= max_seqlen_q
+        assert d - c <= max_seqlen_k
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(int(d - c - (b - a)))
+        own = (tensor.transpose(0, 1) for tensor in (q[a:b], k[c:d], v[c:d]))
+        output = F.scaled_dot_product_attention(*own, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+        outputs.append(output.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def flash_attention(monkeypatch):
+    """Transformers' flash attention down to the kernel, which is stood in for."""
+    settings = dict.fromkeys(("dropout_p", "window_size", "deterministic", "softcap", "s_aux", "learnable_sink"), False)
+    settings |= dict.fromkeys(("block_table", "page_table", "cache_seqlens"), False)
+    settings |= {"max_seqlen_q": True, "max_seqlen_k": True}
+    process = functools.partial(flash._process_flash_attention_kwargs, supports_mapping=settings)
+    functions = (None, bottom_right_attention, None, None, None), (process, None)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda implementation: functions)
+
+
+@pytest.mark.usefixtures("flash_attention")
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_flash_attention_takes_all_in_one_call(decoder, pairs, model_type):
+    model = decoder(model_type).double()
+    weights = torch.linspace(-1, 1, 2 * len(pairs[0]), dtype=torch.float64)
+    expected = padded_rewards(model, *pairs)
+    expected_gradients = torch.autograd.grad(expected @ weights, list(model.parameters()), allow_unused=True)
+    read_packed_pairs(model)
+    model.config._attn_implementation = "flash_attention_2"
+    rewards = model(packed_pairs=pack_pairs(*pairs)).logits[:, 0]
+    torch.testing.assert_close(rewards, expected, rtol=1e-6, atol=1e-6)
+    gradients = torch.autograd.grad(rewards @ weights, list(model.parameters()), allow_unused=True)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, float(theirs.abs().max())))
+
+
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn and a GPU that it takes are not here")
+def test_flash_attention_itself(decoder, pairs):
+    model = decoder("llama").cuda()
+    expected = padded_rewards(model, *pairs)
+    read_packed_pairs(model)
+    model.bfloat16().config._attn_implementation = "flash_attention_2"
+    rewards = model(packed_pairs=pack_pairs(*pairs).to("cuda")).logits[:, 0]
+    assert (rewards.float() - expected).norm() < 0.03 * expected.norm()
 
 
 def test_no_token_sees_another_pair_nor_the_other_response(decoder, pairs):
@@ -83,7 +142,8 @@ def test_activation_checkpointing_recomputes_the_same(decoder, pairs, model_type
 def test_which_models_are_refused():
     config = LlamaConfig()
     assert packed_attention_refusal(config, None, 4096) is None
-    assert "flash_attention_2 has no such attention" in packed_attention_refusal(config, "flash_attention_2", 64)
+    assert packed_attention_refusal(config, "flash_attention_2", 4096) is None
+    assert "flex_attention has no such attention; eager, sdpa" in packed_attention_refusal(config, "flex_attention", 64)
     config.model_type = "mamba"
     assert packed_attention_refusal(config, None, 64).startswith("mamba is none of the models that it was tried with")
     config.model_type = "mistral"
