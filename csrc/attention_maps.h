@@ -35,15 +35,14 @@ struct Maps {
   // log2(e) times the scores of one head (rows, columns); `queries` as Packing::query_rows makes them.
   static void scores(const Rows& rows, int64_t head, const Unit* queries, const int32_t* slots, T* out) {
     const Side& side = *rows.side;
-    const Columns& tokens = rows.keys->tokens;
+    const int64_t columns = rows.keys->ranges.width;
     const int64_t depth = units_of<A>(side.head_dim), kv_head = head / (side.num_heads / side.num_kv_heads);
     const Unit* keys = reinterpret_cast<const Unit*>(rows.keys->transposed + kv_head * rows.keys->transposed_bytes);
     const T scale = static_cast<T>(side.softmax_scale) * log2e;
-    for (int64_t panel = 0; panel < tokens.width; panel += kPanel) {
-      const int64_t width = tokens.width - panel < kPanel ? tokens.width - panel : kPanel;
+    for (int64_t panel = 0; panel < columns; panel += kPanel) {
+      const int64_t width = columns - panel < kPanel ? columns - panel : kPanel;
       product<A, false>(
-          rows.count, width, depth, {queries, depth, 1}, {keys + panel * depth, 0, width}, out + panel, tokens.width,
-          scale);
+          rows.count, width, depth, {queries, depth, 1}, {keys + panel * depth, 0, width}, out + panel, columns, scale);
     }
     if (side.positions != nullptr) add_position_bias(rows, head, slots, out);
   }
@@ -99,6 +98,68 @@ struct Maps {
       default:
         for (int64_t j = 0; j < count; ++j) row[j] += log2e * number<T>(table, element, first + j * step + slot[j]);
     }
+  }
+
+  // A row of softmax_of_shared's factors.
+  static IDRM_INLINE int64_t factors_of_row(int64_t segments) { return 3 * segments + 1; }
+
+  // The same where scores are those of a prefix and of the segments' rests: every range has numerators with a maximum of
+  // its own, so that a prefix keeps its digits in one segment where another's scores lie far above. Writes a row's
+  // maxima (1 + segments,), and what turns the numerators into each segment's probabilities, as exact as one maximum
+  // would: factors of the prefix (segments,) and of the rests (segments,).
+  static void softmax_of_shared(const Rows& rows, T* scores, T* factors, T* mean) {
+    const int64_t segments = rows.problem->segments;
+    const Columns& ranges = rows.keys->ranges;
+    const Columns& tokens = rows.keys->tokens;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      T* row = scores + i * ranges.width;
+      T* maxima = factors + i * factors_of_row(segments);
+      T* of_prefix = maxima + 1 + segments;
+      T* of_rest = of_prefix + segments;
+      for (int64_t z = 0; z <= segments; ++z) maxima[z] = V::maximum(maximum(row + ranges.column[z], ranges.count[z]));
+      const T prefix = range_exponentials(ranges, 0, maxima, row);
+      for (int64_t y = 0; y < segments; ++y) of_rest[y] = range_exponentials(ranges, 1 + y, maxima, row);
+      const int64_t support = rows.problem->joint ? segments : 1;
+      for (int64_t y = 0; y < segments; y += support) {
+        T most = maxima[0];
+        for (int64_t z = y; z < y + support; ++z) most = maxima[1 + z] > most ? maxima[1 + z] : most;
+        const T prefix_power = power(maxima[0] - most);
+        T denominator = static_cast<T>(support) * prefix_power * prefix;
+        for (int64_t z = y; z < y + support; ++z) denominator += power(maxima[1 + z] - most) * of_rest[z];
+        for (int64_t z = y; z < y + support; ++z) {
+          of_prefix[z] = prefix_power / denominator;
+          of_rest[z] = power(maxima[1 + z] - most) / denominator;
+        }
+      }
+      T* sum = mean + i * tokens.width;
+      for (int64_t y = 0; y < segments; ++y) {
+        T* own = sum + tokens.column[y];
+        add_product(row, ranges.column[1], of_prefix[y], own);
+        add_product(
+            row + ranges.column[1 + y], ranges.column[2 + y] - ranges.column[1 + y], of_rest[y], own + ranges.count[0]);
+      }
+    }
+  }
+
+  // The numerators of softmax_of_shared again, from its maxima.
+  static void numerators_of_shared(const Rows& rows, T* scores, const T* factors) {
+    const int64_t segments = rows.problem->segments;
+    const Columns& ranges = rows.keys->ranges;
+    for (int64_t i = 0; i < rows.count; ++i)
+      for (int64_t z = 0; z <= segments; ++z)
+        range_exponentials(ranges, z, factors + i * factors_of_row(segments), scores + i * ranges.width);
+  }
+
+  static IDRM_INLINE T range_exponentials(const Columns& ranges, int64_t z, const T* maxima, T* row) {
+    const int64_t padded = ranges.column[z + 1] - ranges.column[z];
+    return V::sum(exponentials(row + ranges.column[z], ranges.count[z], padded, V::broadcast(maxima[z])));
+  }
+
+  static IDRM_INLINE T power(T exponent) { return V::exp2(V::broadcast(exponent))[0]; }
+
+  static IDRM_INLINE void add_product(const T* row, int64_t count, T factor, T* sum) {
+    const Vec factors = V::broadcast(factor);
+    for (int64_t j = 0; j < count; j += A::W) V::store(sum + j, V::load(sum + j) + V::load(row + j) * factors);
   }
 
   // Turns a head's scores into numerators of the softmax in place, 0 in padding and behind a causal row's end; writes

@@ -47,7 +47,7 @@ void run(
     Tensor q, Tensor k, std::optional<Tensor> teacher_q, std::optional<Tensor> teacher_k,
     std::optional<Tensor> positions, std::optional<Tensor> slot_of_delta, std::optional<Tensor> c2p,
     std::optional<Tensor> p2c, std::optional<Tensor> maps, Tensor cu_units, Tensor unit_offsets,
-    Tensor teacher_unit_offsets, std::optional<Tensor> row_weights, std::optional<Tensor> coefficients,
+    Tensor teacher_unit_offsets, Tensor shared_units, std::optional<Tensor> row_weights, std::optional<Tensor> coefficients,
     Tensor distances, Tensor dq, Tensor dk, Tensor losses, int64_t segments, double softmax_scale,
     double teacher_softmax_scale, bool causal, bool teacher_causal, bool kl, bool joint, int64_t num_head_groups,
     int64_t workspace_bytes, int64_t task, int64_t reduction, double intra_weight, double inter_weight,
@@ -88,6 +88,8 @@ void run(
   problem.num_examples = (cu_units.numel() - 1) / segments;
   problem.total_units = unit_offsets.numel() - 1;
   problem.num_head_groups = num_head_groups;
+  problem.shared_units = static_cast<const int64_t*>(shared_units.const_data_ptr());
+  problem.total_rows = q.size(0);
   problem.kl = kl;
   problem.joint = joint;
   problem.workspace_bytes = workspace_bytes;
@@ -118,6 +120,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(idrm_kernels_cpp, m) {
   m.def(
       "run(Tensor q, Tensor k, Tensor? teacher_q, Tensor? teacher_k, Tensor? positions, Tensor? slot_of_delta, "
       "Tensor? c2p, Tensor? p2c, Tensor? maps, Tensor cu_units, Tensor unit_offsets, Tensor teacher_unit_offsets, "
+      "Tensor shared_units, "
       "Tensor? row_weights, Tensor? coefficients, Tensor(a!) distances, Tensor(b!) dq, Tensor(c!) dk, "
       "Tensor(d!) losses, int segments, float softmax_scale, float teacher_softmax_scale, bool causal, "
       "bool teacher_causal, bool kl, bool joint, int num_head_groups, int workspace_bytes, int task, int reduction, "

@@ -18,6 +18,19 @@ struct Kernels {
   // Adds a strand's dk of one kv head to the example's sum (columns, padded head_dim); factors (segments,).
   void (*add_keys)(const Problem&, const Strand&, const double* factors, int64_t kv_head, char* sum);
   void (*write_keys)(const Problem&, const Example&, int64_t kv_head, const char* sum);
+
+  // Examples that share a prefix (shared_sweep.h). Bytes of a block's softmax, and of a chunk's maps and numerators.
+  int64_t (*shared_softmax_bytes)(const Problem&, const Example&);
+  int64_t (*shared_map_bytes)(const Problem&, const Example&, const SharedChunk&);
+  int64_t (*shared_numerator_bytes)(const Problem&, const Example&, const SharedChunk&);
+  int64_t (*shared_arena_bytes)(const Problem&, const Example&);
+  void (*compare_shared)(const Problem&, const SharedBlock&, const SharedChunk&, char* arena);
+  void (*differentiate_shared)(const Problem&, const SharedBlock&, const SharedChunk&, char* arena);
+  // Writes dq and adds to dk of one kv head (columns, padded head_dim), the latter without softmax_scale.
+  void (*add_shared_gradients)(
+      const Problem&, const SharedBlock&, const SharedChunk&, int64_t kv_head, char* dk, char* arena);
+  // Adds the dk of some strands up and applies softmax_scale, in place of the first.
+  void (*sum_shared_keys)(const Problem&, const Example&, char* dk, int64_t strands, int64_t stride);
 };
 
 enum class Capability { portable, avx2, avx512, avx512_bf16 };

@@ -11,6 +11,24 @@ constexpr int64_t units_of(int64_t depth) {
   return (depth + A::depth_of_unit - 1) / A::depth_of_unit;
 }
 
+// The inverse of read_row: float32, float64 or bfloat16.
+template <class T>
+IDRM_INLINE void write_row(void* out, Element element, int64_t at, const T* values, int64_t count) {
+  switch (element) {
+    case Element::float32:
+      for (int64_t c = 0; c < count; ++c) static_cast<float*>(out)[at + c] = static_cast<float>(values[c]);
+      break;
+    case Element::float64:
+      for (int64_t c = 0; c < count; ++c) static_cast<double*>(out)[at + c] = static_cast<double>(values[c]);
+      break;
+    case Element::bfloat16:
+      for (int64_t c = 0; c < count; ++c)
+        static_cast<uint16_t*>(out)[at + c] = to_bfloat16(static_cast<float>(values[c]));
+      break;
+    case Element::float16: __builtin_unreachable();
+  }
+}
+
 template <class A>
 struct Packing {
   using T = typename A::T;
@@ -24,15 +42,16 @@ struct Packing {
   }
 
   // Keys of one kv head for the scores: panels of kPanel columns, each (units of head_dim, columns of the panel).
-  static void transposed_keys(const Side& side, const Columns& tokens, int64_t segments, int64_t kv_head, Unit* out) {
+  static void transposed_keys(const Side& side, const ExampleSide& keys, int64_t kv_head, Unit* out) {
+    const Columns& ranges = keys.ranges;
     const int64_t depth = units_of<A>(side.head_dim);
-    __builtin_memset(out, 0, tokens.width * depth * sizeof(Unit));
-    for (int64_t y = 0; y < segments; ++y)
-      for (int64_t j = 0; j < tokens.count[y]; ++j) {
-        const int64_t column = tokens.column[y] + j, panel = column / kPanel * kPanel;
-        const int64_t width = tokens.width - panel < kPanel ? tokens.width - panel : kPanel;
+    __builtin_memset(out, 0, ranges.width * depth * sizeof(Unit));
+    for (int64_t z = 0; z < keys.num_ranges; ++z)
+      for (int64_t j = 0; j < ranges.count[z]; ++j) {
+        const int64_t column = ranges.column[z] + j, panel = column / kPanel * kPanel;
+        const int64_t width = ranges.width - panel < kPanel ? ranges.width - panel : kPanel;
         Unit* p = out + panel * depth + (column - panel);
-        const int64_t offset = ((tokens.first[y] + j) * side.num_kv_heads + kv_head) * side.head_dim;
+        const int64_t offset = ((ranges.first[z] + j) * side.num_kv_heads + kv_head) * side.head_dim;
         if constexpr (A::depth_of_unit == 1) {
           T numbers[kAlignment];
           for (int64_t step = 0; step < depth; step += kAlignment) {
@@ -47,13 +66,14 @@ struct Packing {
   }
 
   // Keys of one kv head for dq: (units of columns, padded head_dim).
-  static void natural_keys(const Side& side, const Columns& tokens, int64_t segments, int64_t kv_head, Unit* out) {
+  static void natural_keys(const Side& side, const ExampleSide& keys, int64_t kv_head, Unit* out) {
+    const Columns& ranges = keys.ranges;
     const int64_t padded = aligned(side.head_dim);
-    __builtin_memset(out, 0, units_of<A>(tokens.width) * padded * sizeof(Unit));
-    for (int64_t y = 0; y < segments; ++y)
+    __builtin_memset(out, 0, units_of<A>(ranges.width) * padded * sizeof(Unit));
+    for (int64_t z = 0; z < keys.num_ranges; ++z)
       natural_rows(
-          side, side.k, side.num_kv_heads, kv_head, tokens.first[y], tokens.count[y],
-          out + tokens.column[y] / A::depth_of_unit * padded);
+          side, side.k, side.num_kv_heads, kv_head, ranges.first[z], ranges.count[z],
+          out + ranges.column[z] / A::depth_of_unit * padded);
   }
 
   // Some tokens' head as (units of tokens, padded head_dim).

@@ -14,17 +14,19 @@ constexpr int64_t kPanel = 64;
 
 IDRM_INLINE int64_t aligned(int64_t count) { return (count + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Where the tokens (or units) of an example's segments lie among the padded columns.
+// Where the tokens (or units) of an example's segments, or other ranges, lie among the padded columns.
 struct Columns {
-  const int64_t* first;   // (segments,) index of the first one in the batch
-  const int64_t* count;   // (segments,)
-  const int64_t* column;  // (segments + 1,) padded; the last is the width
+  const int64_t* first;   // (ranges,) index of the first one in the batch
+  const int64_t* count;   // (ranges,)
+  const int64_t* column;  // (ranges + 1,) padded; the last is the width
   int64_t width;
 };
 
 // One side of one example, with its keys packed by the arithmetic's pack_keys.
 struct ExampleSide {
-  Columns tokens;
+  Columns tokens;      // of its maps: those of every segment, with a prefix that it shares
+  Columns ranges;      // of its scores: rows of q and k, by segment; or a shared prefix, then the rest of each segment
+  int64_t num_ranges;
   bool units_are_tokens;
   char* transposed;  // per kv head: panels of (head_dim, columns), as the scores read them
   char* natural;     // per kv head: (columns, padded head_dim), as dq reads them; null where it is not formed
@@ -33,7 +35,9 @@ struct ExampleSide {
 
 struct Example {
   int64_t index;
+  int64_t shared_units;  // of the prefix that all segments begin with
   int64_t chunk_rows;  // most student tokens of a chunk, but for a unit that is longer
+  int64_t num_rows;    // of the student's q and k
   Columns units;
   ExampleSide student, teacher;
 };
@@ -42,7 +46,7 @@ struct Example {
 struct Block {
   const Example* example;
   int64_t group, x;
-  int64_t first_row;        // first student token of the query segment
+  int64_t first_token;      // the query segment's
   int64_t num_rows;
   int64_t query_components; // parts of dq that get factors of their own: key segments, or 1
   int64_t key_components;   // the same of dk: where a key belongs to one part only, they share a buffer
@@ -57,6 +61,23 @@ struct Strand {
   const int64_t* chunk_units;  // (num_chunks + 1,) bounds of the chunks' units
   int64_t num_chunks;
   char* dk;                    // (key_components, kv heads of the group, columns, padded head_dim)
+};
+
+// A run of whole units of an example with a shared prefix: of the prefix, counted in segment 0, or of a segment's rest.
+struct SharedChunk {
+  int64_t range;        // 0 for the prefix, 1 + x for the rest of segment x
+  int64_t first, last;  // units
+  char* maps;           // SharedMaps; null where they are not kept
+  char* numerators;     // (heads of the group, tokens, columns of the ranges); null where they are computed again
+};
+
+// All rows of an example with a shared prefix for one head group.
+struct SharedBlock {
+  const Example* example;
+  int64_t group;
+  const double* total_weights;  // (segments,)
+  const double* factors;        // (query segments, key segments), once their losses are known
+  char* softmax;                // (heads of the group, rows of the example, ...), see Maps::softmax_of_shared
 };
 
 IDRM_INLINE int64_t first_head(const Problem& problem, int64_t heads, int64_t group) {

@@ -37,6 +37,8 @@ struct Problem {
   int64_t max_units = 0;
   const int64_t* cu_units = nullptr;  // (num_examples * segments + 1,)
   int64_t segments = 0, num_examples = 0, total_units = 0, num_head_groups = 1;
+  const int64_t* shared_units = nullptr;  // (num_examples,)
+  int64_t total_rows = 0;                 // of the student's q and k; its tokens, but for shared prefixes
   bool kl = false, joint = false;
   int64_t workspace_bytes = 0;  // changes no bit of the result
 

@@ -32,14 +32,14 @@ struct ScoreGradients {
     }
   };
 
-  static IDRM_INLINE void write(
-      Unit* out, int64_t rows, int64_t row, const Row& even, const Row* odd, int64_t columns) {
-    if constexpr (A::depth_of_unit == 1) {
-      for (int64_t j = 0; j < columns; j += A::W) V::store(out + row * kPanel + j, even.at(j));
-      if (odd != nullptr)
-        for (int64_t j = 0; j < columns; j += A::W) V::store(out + (row + 1) * kPanel + j, odd->at(j));
-    } else {
-      write_pairs(out, rows, row, even, odd, columns);
+  // row_at(i) is row i's Row, or something else with its `at`; asked for in order.
+  template <class RowAt>
+  static void write(Unit* out, int64_t rows, int64_t columns, const RowAt& row_at) {
+    for (int64_t i = 0; i < rows; i += 2) {
+      const auto even = row_at(i);
+      const bool both = i + 1 < rows;
+      const auto odd = both ? row_at(i + 1) : even;
+      write_two(out, rows, i, even, both ? &odd : nullptr, columns);
     }
   }
 
@@ -50,10 +50,23 @@ struct ScoreGradients {
   }
 
  private:
+  template <class AnyRow>
+  static IDRM_INLINE void write_two(
+      Unit* out, int64_t rows, int64_t row, const AnyRow& even, const AnyRow* odd, int64_t columns) {
+    if constexpr (A::depth_of_unit == 1) {
+      for (int64_t j = 0; j < columns; j += A::W) V::store(out + row * kPanel + j, even.at(j));
+      if (odd != nullptr)
+        for (int64_t j = 0; j < columns; j += A::W) V::store(out + (row + 1) * kPanel + j, odd->at(j));
+    } else {
+      write_pairs(out, rows, row, even, odd, columns);
+    }
+  }
+
 #ifdef IDRM_BFLOAT16_PAIRS
   // Pairs of keys first, (rows, kPanel / 2); then pairs of rows, (rows / 2, kPanel).
+  template <class AnyRow>
   static IDRM_INLINE void write_pairs(
-      Unit* out, int64_t rows, int64_t row, const Row& even, const Row* odd, int64_t columns) {
+      Unit* out, int64_t rows, int64_t row, const AnyRow& even, const AnyRow* odd, int64_t columns) {
     Unit* by_rows = out + (rows + 1) / 2 * kPanel + row / 2 * kPanel;
     for (int64_t j = 0; j < columns; j += 16) {
       const __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)even.at(j));
@@ -67,7 +80,8 @@ struct ScoreGradients {
     }
   }
 #else
-  static IDRM_INLINE void write_pairs(Unit*, int64_t, int64_t, const Row&, const Row*, int64_t) {}
+  template <class AnyRow>
+  static IDRM_INLINE void write_pairs(Unit*, int64_t, int64_t, const AnyRow&, const AnyRow*, int64_t) {}
 #endif
 };
 

@@ -81,6 +81,7 @@ def _run(problem: MapProblem, task: str, coefficients: Tensor | None, options: L
         problem.cu_units,
         problem.unit_offsets,
         problem.teacher_unit_offsets,
+        problem.shared_units,
         _contiguous(weights, problem.dtype),
         _contiguous(coefficients, problem.dtype),
         output.distances,
