@@ -171,6 +171,7 @@ def _reward_model(arguments: Namespace, scoring: Scoring) -> RewardModel:
         device=device_of(scoring),
         max_length=scoring.max_length,
         attn_implementation=scoring.attn_implementation,
+        share_prompt="off",
         trust_remote_code=scoring.trust_remote_code,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence, Sized
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -56,7 +56,7 @@ def score_in_batches(
     tokens_per_batch: int | None = None,
     description: str = "Scoring",
     show_progress: bool = True,
-) -> list[float]:
+) -> list[Any]:
     """The score of every sequence, in the order given.
 
     A sequence that occurs several times is scored once: rounding, which differs from batch to batch, must not decide
@@ -64,13 +64,13 @@ def score_in_batches(
 
     Args:
         sequences: what `score` takes a batch of.
-        score: from a batch of n sequences to (n,) scores.
+        score: from a batch of n sequences to (n,) scores, or to (n, m), a list of m for each.
         batch_size, tokens_per_batch: as `batches_by_length` has them.
         description: beside the bar, which counts tokens.
     """
     distinct = list(dict.fromkeys(sequences))
     lengths = [len(sequence) for sequence in distinct]
-    scores: dict[Scored, float] = {}
+    scores: dict[Scored, Any] = {}
     with progress_bar(show_progress) as progress:
         task = progress.add_task(description, total=sum(lengths))
         for batch in batches_by_length(lengths, batch_size, tokens_per_batch):

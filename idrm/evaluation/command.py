@@ -127,6 +127,8 @@ def _scoring(arguments: Namespace) -> Scoring:
     is_implicit = arguments.implicit_reward is not None or arguments.reference_free
     if arguments.beta is not None and not is_implicit:
         raise InputError("--beta: is for DPO policies; give --implicit_reward and their reference")
+    if arguments.share_prompt == "on" and is_implicit:
+        raise InputError("--share_prompt on: a policy reads every sequence by itself; it is for reward models")
     beta = DEFAULT_BETA if arguments.beta is None else arguments.beta
     if not 0 < beta < float("inf"):
         raise InputError(f"--beta: expected a positive number, got {beta}")
@@ -140,6 +142,7 @@ def _scoring(arguments: Namespace) -> Scoring:
         reference=arguments.implicit_reward,
         beta=beta,
         attn_implementation=arguments.attn_implementation,
+        share_prompt=arguments.share_prompt,
         trust_remote_code=arguments.trust_remote_code,
     )
 
@@ -176,6 +179,13 @@ def make_parser() -> Parser:
     add("--dtype", choices=DTYPES, default="float32", help="Dtype of the weights. Default: %(default)s.")
     add("--device", help="Such as cuda:1 or cpu. Default: the accelerator, or the CPU where there is none.")
     add("--attn_implementation", help="eager, sdpa or flash_attention_2. Default: transformers' choice.")
+    add(
+        "--share_prompt",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="Whether what two sequences begin with is read once: auto, wherever a model can; on refuses the others. "
+        "Default: %(default)s.",
+    )
     add(
         "--implicit_reward",
         metavar="REFERENCE",

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +46,8 @@ class Scoring:
         reference: what they were trained from; None, with `is_implicit`, for a reward without a reference.
         beta: the factor of an implicit reward.
         attn_implementation: None leaves the choice to transformers.
+        share_prompt: whether what sequences begin with in common is read once: "auto", wherever a model can, "on" or
+            "off"; policies always read it again.
         trust_remote_code: let a model's repository run its own code.
     """
 
@@ -57,6 +60,7 @@ class Scoring:
     reference: str | None = None
     beta: float = DEFAULT_BETA
     attn_implementation: str | None = None
+    share_prompt: Literal["auto", "on", "off"] = "auto"
     trust_remote_code: bool = False
 
 
@@ -152,7 +156,7 @@ def _load(name: str, scoring: Scoring, device: torch.device) -> RewardModel | Im
     }
     if scoring.is_implicit:
         return load_implicit_reward_model(name, scoring.reference, beta=scoring.beta, **options)
-    return load_reward_model(name, **options)
+    return load_reward_model(name, share_prompt=scoring.share_prompt, **options)
 
 
 def _outcomes(

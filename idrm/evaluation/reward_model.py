@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from transformers import (
 from idrm.alignment.rendering import Message
 from idrm.errors import InputError
 from idrm.evaluation.batching import DEFAULT_BATCH_SIZE, score_in_batches
+from idrm.evaluation.neighbours import Neighbours, neighbours
 from idrm.evaluation.reading import MessageReader, load_config, load_tokenizer, load_whole, readable_length
+from idrm.shared_prompts import pack_pairs, packed_attention_refusal, read_packed_pairs
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class RewardModel:
         tokenizer: its fast tokenizer.
         max_length: most tokens of a sequence.
         reader: from messages to ids.
+        reads_packed_pairs: whether the model can be called with `packed_pairs` (`idrm.shared_prompts`).
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     reader: MessageReader
+    reads_packed_pairs: bool = False
 
     def encode(self, messages: Sequence[Message], conversational: bool) -> list[int]:
         """The ids of messages, cut to `max_length`; TemplateRefusal where the chat template refuses them.
@@ -63,6 +68,8 @@ class RewardModel:
     ) -> list[float]:
         """The reward of every sequence of ids, order kept; up to rounding they do not depend on the batches.
 
+        Where the model reads packed pairs, what two sequences of a batch begin with is read once.
+
         Args:
             sequences: as `encode` gives them.
             batch_size, tokens_per_batch, description: as `idrm.evaluation.batching` has them.
@@ -70,14 +77,27 @@ class RewardModel:
         Raises:
             InputError: a reward that is not finite.
         """
-        return score_in_batches(
-            [tuple(ids) for ids in sequences],
-            self._score,
-            batch_size=batch_size,
-            tokens_per_batch=tokens_per_batch,
-            description=description,
-            show_progress=show_progress,
-        )
+        read = [tuple(ids) for ids in sequences]
+        options = {
+            "tokens_per_batch": tokens_per_batch,
+            "description": description,
+            "show_progress": show_progress,
+        }
+        if not self.reads_packed_pairs or batch_size == 1:
+            return score_in_batches(read, self._score, batch_size=batch_size, **options)
+        pairs = neighbours(read)
+        rewards: dict[tuple[int, ...], float] = {}
+        scores = score_in_batches(pairs, self._score_packed, batch_size=batch_size // 2, **options)
+        for pair, both in zip(pairs, scores, strict=True):
+            rewards |= zip(pair.sequences, both, strict=False)
+        return [rewards[ids] for ids in read]
+
+    @torch.inference_mode()
+    def _score_packed(self, batch: list[Neighbours]) -> Tensor:
+        """(pairs, 2); twice the same where a sequence is alone."""
+        packed = pack_pairs([pair.sequences[0] for pair in batch], [pair.sequences[-1] for pair in batch])
+        logits = self.model(packed_pairs=packed.to(self.model.device)).logits
+        return self._checked(logits.view(2, -1).T)
 
     @torch.inference_mode()
     def _score(self, batch: list[tuple[int, ...]]) -> Tensor:
@@ -85,7 +105,9 @@ class RewardModel:
         input_ids, attention_mask = padded_right(batch, pad, self.model.device)
         with pads_with(self.model.config, pad):
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        rewards = logits.reshape(len(batch), -1)[:, 0]
+        return self._checked(logits.reshape(len(batch), -1)[:, 0])
+
+    def _checked(self, rewards: Tensor) -> Tensor:
         if not rewards.isfinite().all():
             raise InputError(f"{self.model.name_or_path}: its rewards are not finite (in {rewards.dtype})")
         return rewards.double().cpu()
@@ -116,6 +138,7 @@ def load_reward_model(
     device: torch.device | str,
     max_length: int | None = None,
     attn_implementation: str | None = None,
+    share_prompt: Literal["auto", "on", "off"] = "auto",
     trust_remote_code: bool = False,
 ) -> RewardModel:
     """Loads a sequence classifier of one label from a folder or the hub, from safetensors only.
@@ -125,10 +148,12 @@ def load_reward_model(
         device: where it goes.
         max_length: most tokens of a sequence; None for 2,048, or the model's limit where that is lower.
         attn_implementation: None leaves the choice to transformers.
+        share_prompt: whether common beginnings of sequences are read once; "auto" wherever the model can.
 
     Raises:
         InputError: as `require_reward_model`; weights that cannot be loaded or that the checkpoint lacks, such as a
-            reward head's; a slow tokenizer; more tokens asked for than the model reads.
+            reward head's; a slow tokenizer; more tokens asked for than the model reads; share_prompt "on" and a model
+            that cannot.
     """
     config = require_reward_model(name_or_path, trust_remote_code=trust_remote_code)
     length = readable_length(config, max_length)
@@ -142,7 +167,21 @@ def load_reward_model(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
-    return RewardModel(model.to(device).eval(), tokenizer, length, reader)
+    shares = share_prompt != "off" and _let_share(model, length, is_required=share_prompt == "on")
+    return RewardModel(model.to(device).eval(), tokenizer, length, reader, shares)
+
+
+def _let_share(model: PreTrainedModel, length: int, *, is_required: bool) -> bool:
+    """Whether the model can be called with packed pairs; from here on it can."""
+    refusal = packed_attention_refusal(model.config, model.config._attn_implementation, length)
+    if refusal is None:
+        try:
+            read_packed_pairs(model)
+        except InputError as error:
+            refusal = str(error)
+    if refusal is not None and is_required:
+        raise InputError(f"--share_prompt on: {model.name_or_path}: {refusal}")
+    return refusal is None
 
 
 def padding_id(model: PreTrainedModel, batch: Sequence[Sequence[int]]) -> int:

@@ -15,6 +15,7 @@ from transformers import (
 from idrm.alignment import PairEncoder
 from idrm.alignment.rendering import TemplateRefusal
 from idrm.errors import InputError
+from idrm.evaluation.neighbours import neighbours
 from idrm.evaluation.reward_model import load_reward_model
 from idrm.preference import load_preferences
 
@@ -82,6 +83,50 @@ def test_rewards_depend_on_no_batch_and_no_padding_side(variant, sequences, pad_
             rewards = model.rewards(sequences, show_progress=False, **batching)
             assert rewards == pytest.approx(expected, rel=1e-11, abs=1e-12), batching
     assert model.model.config.pad_token_id == model.tokenizer.pad_token_id
+
+
+def test_common_beginnings_are_read_once(student_path, sequences):
+    model = load_reward_model(str(student_path), device="cpu")
+    read = []
+    model.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    rewards = model.rewards(sequences, show_progress=False)
+    distinct = set(map(tuple, sequences))
+    assert sum(read) == sum(map(len, neighbours(distinct))) < 0.8 * sum(map(len, distinct))
+    apart = load_reward_model(str(student_path), device="cpu", share_prompt="off")
+    assert not apart.reads_packed_pairs
+    assert rewards == pytest.approx(apart.rewards(sequences, show_progress=False), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "expected"),
+    [
+        pytest.param([(1, 2, 3), (7,), (1, 2, 4)], [([(1, 2, 3), (1, 2, 4)], 2), ([(7,)], 0)], id="a pair and another"),
+        pytest.param(
+            [(1, 2), (1, 2, 3), (1, 2)], [([(1, 2), (1, 2, 3)], 2)], id="one begins the other, which is twice"
+        ),
+        pytest.param(
+            [(1, 5), (1, 6, 7), (1, 6, 8), (2,)],
+            [([(1, 5)], 0), ([(1, 6, 7), (1, 6, 8)], 2), ([(2,)], 0)],
+            id="the next has more in common with the one after",
+        ),
+        pytest.param([], [], id="none"),
+    ],
+)
+def test_neighbours(sequences, expected):
+    found = neighbours(sequences)
+    assert [(list(pair.sequences), pair.shared) for pair in found] == expected
+    assert [len(pair) for pair in found] == [
+        len(pair.sequences[0]) + sum(len(other) - pair.shared for other in pair.sequences[1:]) for pair in found
+    ]
+
+
+def test_a_model_that_cannot_share_is_refused_when_it_must(save_encoder):
+    folder = save_encoder("bert", AutoModelForSequenceClassification, num_labels=1)
+    assert not load_reward_model(str(folder), device="cpu").reads_packed_pairs
+    with pytest.raises(InputError, match=r"--share_prompt on: .*: bert is none of the models"):
+        load_reward_model(str(folder), device="cpu", share_prompt="on")
 
 
 def test_equal_sequences_are_tied_in_any_batch(student_path, sequences):
