@@ -27,6 +27,8 @@ from idrm_kernels.testing.memory import peak_bytes
 YARDSTICK = "sdpa"
 NAIVE = "naive"
 NAIVE_COMPILED = "naive-compiled"
+# Behind an implementation's name: given a shared prefix in every segment, as a layout without sharing has it.
+REPEATED = "-repeated"
 TEACHER_HEADS, TEACHER_HEAD_DIM = 16, 64
 # Lengths at which results are checked by the tests' rule, and from which quadratic memory is foretold.
 CHECKED_LENGTH, FORETOLD_FROM = 320, 256
@@ -42,13 +44,15 @@ class OpContest:
 
     Variants: the naive loss as a user writes it (products in the inputs' dtype, softmax in float32, every map held),
     the same compiled, the implementations of ``idrm_kernels``, and as a yardstick SDPA over the pair's tokens, forward
-    and backward for the student's heads and forward for the teacher's.
+    and backward for the student's heads and forward for the teacher's. Where a prefix is shared, an implementation
+    whose name ends in "-repeated" gets the same pair with the prefix in both sequences.
 
     Attributes:
         passes: "forward" (no input needs grad) or "forward_backward" (loss, dq and dk).
         teacher: "packed", "bias" (packed with DeBERTa's position tables) or "stored".
         units: "tokens" (a unit is one token of both), or "merged" (one or two of the student's, one to three of the
             teacher's: 1.5 and 2 times as many tokens as units).
+        shared: share of a sequence's units in the prefix that both share, which q and k hold once.
     """
 
     device: str
@@ -61,6 +65,7 @@ class OpContest:
     teacher: str = "packed"
     units: str = "tokens"
     normalization: str = "block"
+    shared: float = 0.0
 
     @property
     def suite(self) -> str:
@@ -73,20 +78,25 @@ class OpContest:
         for option in ("passes", "num_kv_heads", "teacher", "units", "normalization"):
             if getattr(self, option) != getattr(defaults, option):
                 parts.append(f"kv{self.num_kv_heads}" if option == "num_kv_heads" else getattr(self, option))
+        if self.shared:
+            parts.append(f"shared-{100 * self.shared:.0f}")
         return "-".join(parts)
 
     def variants(self, names: tuple[str, ...]) -> Mapping[str, Callable[[], object]]:
-        problem, q, k = _problem(self).leaves()
+        problem, *_ = _problem(self).leaves()
+        apart, *_ = _problem(self).repeated().leaves()
+        problems = {name: apart if name.endswith(REPEATED) else problem for name in names}
         if self.passes == "forward":
-            q.requires_grad_(False)
-            k.requires_grad_(False)
-        return {name: self._call(name, problem) for name in names}
+            for used in (problem, apart):
+                used.student.q.requires_grad_(False)
+                used.student.k.requires_grad_(False)
+        return {name: self._call(name, used) for name, used in problems.items()}
 
     def check(self, variant: str) -> str | None:
         """Loss, dq and dk against ``reference`` in float64, up to 2 x 320 tokens, under the tests' error rule."""
         if variant == YARDSTICK:
             return None
-        if variant not in (NAIVE, NAIVE_COMPILED) and variant not in available_implementations():
+        if variant not in (NAIVE, NAIVE_COMPILED) and variant.removesuffix(REPEATED) not in available_implementations():
             return f"{variant} is not available here"
         checked = dataclasses.replace(self, length=min(self.length, CHECKED_LENGTH), passes="forward_backward")
         return _failure(checked, variant)
@@ -96,6 +106,7 @@ class OpContest:
         if variant == YARDSTICK:
             return None
         tolerance = torch.finfo(DTYPES[self.dtype]).eps ** 0.5
+        result = self._by_row(result)
         for output, value, expected in zip(("loss", "dq", "dk"), result, _expected(self), strict=False):
             error = ((value.float() - expected).norm() / expected.norm()).item()
             if not error <= tolerance:
@@ -110,7 +121,11 @@ class OpContest:
 
     def roof_seconds(self, variant: str) -> float | None:
         counts = roof.COUNTS.get((variant, self.passes))
-        if counts is None or (self.teacher, self.units, self.normalization) != ("packed", "tokens", "block"):
+        if (
+            self.shared
+            or counts is None
+            or (self.teacher, self.units, self.normalization) != ("packed", "tokens", "block")
+        ):
             return None
         if variant == "triton" and self.length > LONGEST_OF_ONE_SWEEP:
             return None
@@ -135,7 +150,8 @@ class OpContest:
         else:
 
             def compute():
-                return attention_map_loss(*inputs, normalization=self.normalization, impl=variant).loss
+                impl = variant.removesuffix(REPEATED)
+                return attention_map_loss(*inputs, normalization=self.normalization, impl=impl).loss
 
         def call() -> tuple[Tensor, ...]:
             result = compute()
@@ -144,6 +160,21 @@ class OpContest:
             return result.detach(), *torch.autograd.grad(result, (q, k), incoming.to(result.dtype))
 
         return call
+
+    def _by_row(self, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Loss and gradients with those of a repeated prefix summed, as where it is shared."""
+        layout = _problem(self).layout
+        loss, *gradients = result
+        if layout.device_token_index is not None:
+            gradients = [
+                gradient
+                if len(gradient) == layout.total_tokens
+                else gradient.new_zeros(layout.total_tokens, *gradient.shape[1:]).index_add_(
+                    0, layout.device_token_index, gradient
+                )
+                for gradient in gradients
+            ]
+        return loss, *gradients
 
 
 def _attention(student: PackedAttention, teacher: PackedAttention | StoredMaps, layout: MapLayout) -> Tensor:
@@ -173,6 +204,7 @@ def _problem(contest: OpContest) -> Problem:
         bias="both" if contest.teacher == "bias" else "none",
         bias_slots=512,
         normalization=contest.normalization,
+        shared=(round(contest.shared * contest.length),) if contest.shared else (),
     )
     return make_problem(case, contest.device)
 
@@ -199,9 +231,11 @@ def _failure(contest: OpContest, variant: str) -> str | None:
 def _results(contest: OpContest, variant: str) -> tuple[Tensor, ...]:
     """Loss, dq and dk in float64 on the CPU; "exact" computes them in float64."""
     problem = _problem(contest)
+    if variant.endswith(REPEATED):
+        problem = problem.repeated()
     problem, _, _ = (problem.to(torch.float64) if variant == "exact" else problem).leaves()
     call = contest._call("reference" if variant == "exact" else variant, problem)
-    return tuple(result.double().cpu() for result in call())
+    return tuple(result.double().cpu() for result in contest._by_row(call()))
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from benchmarks.contest import FUSED
-from benchmarks.op import NAIVE, NAIVE_COMPILED, YARDSTICK, OpContest
+from benchmarks.op import NAIVE, NAIVE_COMPILED, REPEATED, YARDSTICK, OpContest
 
 SHAPES = ((16, 64), (32, 128))
 LENGTHS = (256, 512, 1024, 2048)
+# Of a pair's tokens; 58% is what HH-RLHF's pairs have.
+SHARES = (0.25, 0.58, 0.9)
 LONG_LENGTHS = (4096, 8192, 16384)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -43,6 +45,12 @@ def contests() -> list[tuple[OpContest, tuple[str, ...], bool]]:
             ):
                 left_out = slow and (length != 256 or dtype != "float32")
                 everything.append((OpContest(device, dtype, **shape, **options), fused, left_out))
+        shared = (NAIVE, "torch", f"torch{REPEATED}", FUSED[device], f"{FUSED[device]}{REPEATED}")
+        for dtype, (heads, head_dim), share in itertools.product(dtypes[:2], SHAPES, SHARES):
+            for teacher in ("packed", "stored"):
+                contest = OpContest(device, dtype, heads, head_dim, 1024, teacher=teacher, shared=share)
+                left_out = slow and (dtype, heads, share, teacher) != ("float32", 16, 0.58, "packed")
+                everything.append((contest, shared, left_out))
         for length in LONG_LENGTHS:
             everything.append((OpContest(device, "bfloat16", 16, 64, length), fused, slow))
     return everything

@@ -92,6 +92,28 @@ class Problem:
         teacher = StoredMaps(self.teacher.maps.to(dtype)) if stored else cast(self.teacher)
         return dataclasses.replace(self, student=cast(self.student), teacher=teacher)
 
+    def repeated(self) -> Problem:
+        """The same problem with shared prefixes once a segment in q and k, and a layout that shares nothing."""
+        layout = self.layout
+        if layout.device_token_index is None:
+            return self
+        sides = [
+            (offsets[layout.cu_units], torch.repeat_interleave(offsets.diff()))
+            for offsets in (layout.unit_offsets, layout.teacher_unit_offsets)
+        ]
+        (cu_seqlens, units), (teacher_cu_seqlens, teacher_units) = sides
+        apart = MapLayout.build(
+            cu_seqlens,
+            segments=layout.segments,
+            teacher_cu_seqlens=teacher_cu_seqlens,
+            cu_units=layout.cu_units,
+            unit_of_token=units,
+            teacher_unit_of_token=teacher_units,
+            device=layout.device,
+        )
+        q, k = (tensor[layout.device_token_index] for tensor in (self.student.q, self.student.k))
+        return dataclasses.replace(self, student=dataclasses.replace(self.student, q=q, k=k), layout=apart)
+
     def leaves(self) -> tuple[Problem, Tensor, Tensor]:
         """The problem with fresh student.q and student.k that require grad, and these two."""
         q, k = (tensor.detach().clone().requires_grad_() for tensor in (self.student.q, self.student.k))
