@@ -32,6 +32,8 @@ LLAMA2_MARGINS = {
 _NOT_RECORDED = ("embedded_seeds", "embedded_control")
 # transformers' arguments that would do nothing here, or leave evaluation without its metrics.
 _INAPPLICABLE = ("label_smoothing_factor", "prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches")
+# Those that are about training batches of a fixed number of pairs.
+_FIXED_BATCHES = ("auto_find_batch_size", "dataloader_drop_last", "train_sampling_strategy")
 
 
 @dataclass
@@ -137,6 +139,14 @@ class DataArguments:
             "help": "Whether a batch's pairs stand in one row without padding, and what both sequences of a pair begin "
             "with is read once: the same rewards and gradients up to rounding, in less time. 'auto': where the student "
             "and its attention allow it; 'on': refuse those that do not."
+        },
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of a device's micro-batch in training, which then takes as many pairs as fit, each "
+            "prompt counted once, instead of --per_device_train_batch_size pairs; every pair weighs the same. Needs "
+            "students that --share_prompt can be on for. Default: a fixed number of pairs."
         },
     )
     eval_dataset_split: str = field(
@@ -477,6 +487,7 @@ def _check(
             "top_blocks": 1,
             "max_length": 8,
             "teacher_max_length": 8,
+            "tokens_per_batch": 1,
             "teacher_cache_max_gb": 0.0,
             "dataset_num_proc": 1,
             "dropout": 0.0,
@@ -486,6 +497,13 @@ def _check(
         raise InputError(f"--dropout: expected less than 1, got {model.dropout}")
     require_trainable(values)
     require_defaults(values, defaults, _INAPPLICABLE, "preference pairs")
+    if data.tokens_per_batch is not None:
+        require_defaults(values, defaults, _FIXED_BATCHES, "batches of --tokens_per_batch")
+        if data.share_prompt == "off":
+            raise InputError(
+                f"--tokens_per_batch {data.tokens_per_batch}: counts the tokens of a row without padding in which each "
+                "prompt stands once; leave --share_prompt off out"
+            )
     if interaction.alpha > 0 and interaction.intra_weight == interaction.inter_weight == 0:
         raise InputError("--intra_weight and --inter_weight are both 0: no map counts; give --alpha 0 instead")
     if interaction.top_blocks and (interaction.student_layers or interaction.teacher_layers):
@@ -550,7 +568,8 @@ def _check_objective(objective: ObjectiveArguments, values: dict[str, Any], defa
     ):
         if values[flag] != defaults[flag] and not values[needed]:
             raise InputError(f"--{flag} {values[flag]}: does nothing without --{needed}")
-    if objective.confidence_weight and values["per_device_train_batch_size"] == 1:
+    one_pair = values["tokens_per_batch"] is None and values["per_device_train_batch_size"] == 1
+    if objective.confidence_weight and one_pair:
         raise InputError(
             f"--confidence_weight {objective.confidence_weight:g}: compares the pairs of a batch; give "
             "--per_device_train_batch_size 2 or more"

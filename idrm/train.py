@@ -44,7 +44,7 @@ from idrm.objectives import PreferenceLoss, attach_bottleneck, draw_pair_order, 
 from idrm.preference import PairColumns, load_preferences
 from idrm.processes import command, prepare_training, require_trainable_setup
 from idrm.run_folder import resume_checkpoint, write_run_file
-from idrm.shared_prompts import packed_attention_refusal, read_packed_pairs
+from idrm.shared_prompts import TokenBatches, packed_attention_refusal, packed_length, read_packed_pairs
 from idrm.teacher_cache import CachedTeacher, ReleaseTeacher, TeacherCache, prepare_cache_folder
 from idrm.trainer import RewardTrainer
 
@@ -96,6 +96,7 @@ def train(config: RunConfiguration) -> None:
     encoder = _pair_encoder(config, args, tokenizer, teacher, longest_input(student_config))
     share_prompt = _shares_prompts(config, student_config, encoder.max_length)
     train_set = _encoded_pairs(config, args, encoder, config.data.dataset_name, trains=True)
+    token_batches = _token_batches(config, args, train_set)
     eval_sets = {name: _encoded_pairs(config, args, encoder, source) for name, source in eval_sources.items()}
     cache = _open_cache(config, teacher, [train_set, *eval_sets.values()])
     interaction = None
@@ -133,6 +134,7 @@ def train(config: RunConfiguration) -> None:
                 confidence_warmup=objective.confidence_warmup,
             ),
             bottleneck_weight=objective.inform_beta,
+            token_batches=token_batches,
         )
         require_trainable_setup(trainer)
     if cache is not None:
@@ -196,8 +198,25 @@ def _not_shared(config: RunConfiguration, reason: str) -> Literal[False]:
     """Says why prompts are read twice; InputError where sharing was asked for."""
     if config.data.share_prompt == "on":
         raise InputError(f"--share_prompt on: {reason}")
+    if config.data.tokens_per_batch is not None:
+        raise InputError(f"--tokens_per_batch {config.data.tokens_per_batch}: needs each prompt read once: {reason}")
     logger.info("A pair's prompt is read in both of its sequences: %s.", reason)
     return False
+
+
+def _token_batches(config: RunConfiguration, args: RewardTrainingArguments, pairs: Dataset) -> TokenBatches | None:
+    """The micro-batches of --tokens_per_batch, described in the log; None where it is not given."""
+    if config.data.tokens_per_batch is None:
+        return None
+    sequences = zip(pairs["chosen_input_ids"], pairs["rejected_input_ids"], strict=True)
+    tokens = [packed_length(chosen, rejected) for chosen, rejected in sequences]
+    batches = TokenBatches.form(tokens, config.data.tokens_per_batch, _data_seed(args))
+    logger.info(batches.summary())
+    return batches
+
+
+def _data_seed(args: RewardTrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def _open_cache(config: RunConfiguration, teacher: Teacher | None, data_sets: Sequence[Dataset]) -> TeacherCache | None:
@@ -258,7 +277,7 @@ def _pair_encoder(
         teacher_max_length=teacher_max_length,
         teacher_segment_order=config.data.teacher_segment_order,
         teacher_long_inputs=config.data.teacher_long_inputs,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        seed=_data_seed(args),
     )
 
 
@@ -289,7 +308,7 @@ def _encoded_pairs(
         if config.data.teacher_control == "other_pair":
             pairs = exchange_teacher_texts(pairs)
     if trains and objective.confidence_weight > 0:
-        pairs = draw_pair_order(pairs, args.seed if args.data_seed is None else args.data_seed)
+        pairs = draw_pair_order(pairs, _data_seed(args))
     # What --train_sampling_strategy group_by_length groups by.
     sequences = zip(pairs["chosen_input_ids"], pairs["rejected_input_ids"], strict=True)
     lengths = [max(len(chosen), len(rejected)) for chosen, rejected in sequences]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import seed_worker
 
 from idrm.arguments import RewardTrainingArguments
 from idrm.capture.student import QueryKeyCapture
@@ -21,6 +24,7 @@ from idrm.metrics import COLUMNS, metrics_from_sums, pair_rows
 from idrm.objectives import GaussianBottleneck, PreferenceLoss
 from idrm.objectives.bottleneck import head_name, with_folded_head
 from idrm.objectives.pair_order import ORDER_COLUMN
+from idrm.shared_prompts import TokenBatches, TokenBatchSampler
 from idrm_kernels import PackedAttention
 
 
@@ -44,6 +48,7 @@ class RewardTrainer(CheckpointingTrainer):
         bottleneck_weight: weight of the KL divergences of a bottleneck that the model has in the place of its reward
             head (`idrm.objectives.attach_bottleneck`). What is saved has a plain head of the same rewards; checkpoints
             have the bottleneck's weights too.
+        token_batches: the micro-batches of train_dataset, in the place of those of per_device_train_batch_size pairs.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss returns a mean over the pairs of one micro-batch
@@ -61,12 +66,14 @@ class RewardTrainer(CheckpointingTrainer):
         alpha: float = 1.0,
         preference_loss: PreferenceLoss | None = None,
         bottleneck_weight: float = 0.0,
+        token_batches: TokenBatches | None = None,
         **trainer_arguments: Any,
     ):
         self.interaction = interaction
         self.alpha = alpha
         self.preference_loss = preference_loss or PreferenceLoss()
         self.bottleneck_weight = bottleneck_weight
+        self.token_batches = token_batches
         self.bottleneck = next((module for module in model.modules() if isinstance(module, GaussianBottleneck)), None)
         self.capture = QueryKeyCapture(model, interaction.student_layers) if interaction else None
         super().__init__(
@@ -82,8 +89,34 @@ class RewardTrainer(CheckpointingTrainer):
         self.can_return_loss = True  # there are no labels to evaluate without
         self._sums = torch.zeros(len(COLUMNS), dtype=torch.float64, device=args.device)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Of `token_batches` where they are given; transformers has no way to name a batch sampler."""
+        if self.token_batches is None:
+            return super().get_train_dataloader()
+        args = self.args
+        seeded = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=TokenBatchSampler(self.token_batches.batches, args.world_size),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=seeded,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_total_train_batch_size(self, args: RewardTrainingArguments) -> int:
+        """Pairs an optimizer step, of `token_batches` in the mean: by them the Trainer reports its speed."""
+        if self.token_batches is None:
+            return super().get_total_train_batch_size(args)
+        return round(self.token_batches.mean_pairs * args.gradient_accumulation_steps * args.world_size)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The training loss of a micro-batch of B pairs: a mean over them."""
+        """The training loss of a micro-batch of B pairs: a mean over them, of `token_batches` times B / mean B."""
         teacher_of_batch = self._begin_teacher(inputs)
         rewards, student = self._forward(model, inputs)
         if self.preference_loss.confidence_weight and ORDER_COLUMN not in inputs:
@@ -110,6 +143,9 @@ class RewardTrainer(CheckpointingTrainer):
                     uniform = self.interaction.batch_loss(uniform_student, teacher, batch).loss
         rows = pair_rows(rewards, inputs["lengths"], loss, preference, interaction, uniform, latent_kl)
         self._sums += rows.sum(0)
+        if self.token_batches is not None:
+            # Accumulation and ranks take means over micro-batches, in which each pair is to weigh the same.
+            loss = loss * (rewards.shape[1] / self.token_batches.mean_pairs)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     @torch.no_grad()

@@ -192,12 +192,22 @@ def _call(parts: Sequence[_Part], device: torch.device) -> AttentionCall:
     return AttentionCall(rows, is_row, keys, (key[:, None] <= (before + row)[:, :, None])[:, None])
 
 
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that two sequences both begin with."""
+    return sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], zip(first, second, strict=False)))
+
+
+def packed_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """Tokens that a pair takes in the row."""
+    return len(chosen) + len(rejected) - common_prefix(chosen, rejected)
+
+
 def pack_pairs(chosen: Sequence[Sequence[int]], rejected: Sequence[Sequence[int]]) -> PackedPairs:
     """Lays out B pairs of token ids, none of them empty."""
     pairs, ids, positions = [], [], []
     ends: list[list[int]] = [[], []]
     for first, second in zip(chosen, rejected, strict=True):
-        shared = sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], zip(first, second, strict=False)))
+        shared = common_prefix(first, second)
         pair = PackedPair(len(ids), shared, len(first) - shared, len(second) - shared)
         ids += [*first, *second[shared:]]
         positions += [*range(len(first)), *range(shared, len(second))]

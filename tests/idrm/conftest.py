@@ -33,7 +33,7 @@ from idrm.collator import PairCollator
 from idrm.interaction import InteractionLoss
 from idrm.objectives import attach_bottleneck
 from idrm.preference import load_preferences
-from idrm.shared_prompts import read_packed_pairs
+from idrm.shared_prompts import TokenBatches, packed_length, read_packed_pairs
 from idrm.teacher_cache import CachedTeacher, TeacherCache
 from idrm.trainer import RewardTrainer
 
@@ -312,7 +312,7 @@ def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_
     """make_trainer(alpha=..., interaction={...}, **TrainingArguments): of the tiny models, on the tiny data.
 
     `bottleneck` is (latent_size, divergence); `prepare` changes the encoded training pairs; `share_prompt` has them
-    packed.
+    packed, and `tokens_per_batch` makes batches of them by that.
     """
 
     def make(
@@ -328,6 +328,7 @@ def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_
         bottleneck_weight=0.0,
         prepare=lambda pairs: pairs,
         share_prompt=False,
+        tokens_per_batch=None,
         **values,
     ):
         teacher = Teacher.load(str(teacher_path), layers=teacher_layers)
@@ -348,6 +349,7 @@ def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_
         if share_prompt:
             read_packed_pairs(model)
         teacher_tokenizer = encoder.teacher_tokenizer if alpha else None
+        lengths = map(packed_length, train["chosen_input_ids"], train["rejected_input_ids"])
         return RewardTrainer(
             model,
             RewardTrainingArguments(**(defaults | values)),
@@ -361,6 +363,7 @@ def make_trainer(tmp_path, student_path, student_tokenizer, teacher_path, pairs_
             alpha=alpha,
             preference_loss=preference_loss,
             bottleneck_weight=bottleneck_weight,
+            token_batches=tokens_per_batch and TokenBatches.form(list(lengths), tokens_per_batch, seed=0),
         )
 
     return make

@@ -108,6 +108,16 @@ def test_what_is_recorded_reads_back_as_the_same_run(write_yaml):
         ([*RUN, "--prediction_loss_only", "true"], "--prediction_loss_only: is not for preference pairs"),
         ([*RUN, "--max_length", "0"], "--max_length: expected at least 8, got 0"),
         ([*RUN, "--max_length", "long"], "argument --max_length/--max-length: invalid int value: 'long'"),
+        ([*RUN, "--tokens_per_batch", "0"], "--tokens_per_batch: expected at least 1, got 0"),
+        ([*RUN, "--tokens_per_batch", "9", "--share_prompt", "off"], "leave --share_prompt off out"),
+        (
+            [*RUN, "--tokens_per_batch", "9", "--dataloader_drop_last", "true"],
+            "--dataloader_drop_last: is not for batches of --tokens_per_batch; leave it out",
+        ),
+        (
+            [*RUN, "--tokens_per_batch", "9", "--train_sampling_strategy", "sequential"],
+            "--train_sampling_strategy: is not for batches of --tokens_per_batch; leave it out",
+        ),
         ([*RUN, "--num_head_groups", "0"], "--num_head_groups: expected at least 1, got 0"),
         ([*RUN, "--top_blocks", "2", "--student_layers", "-1"], "say the same thing twice"),
         ([*RUN, "--student_layers", "-1", "-2"], "got 2 and 1 blocks"),

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer, BertForSequenceClassification, ModernBertConfig
 
+from idrm.errors import InputError
 from idrm.train import main
 
 
@@ -227,6 +228,23 @@ def test_an_optimizer_and_a_schedule_that_cannot_be_built(refused):
 def test_fewer_pairs_than_the_one_batch_that_is_not_dropped(refused):
     line = refused(dataloader_drop_last="true", per_device_train_batch_size=64)
     assert "48 pairs make no batch of 64" in line
+
+
+def test_batches_of_tokens_that_cannot_be(refused, monkeypatch):
+    """A pair that fits in none, and students whose pairs are not packed: known before and only after loading."""
+    line = refused(tokens_per_batch=60, alpha=0)
+    assert "--tokens_per_batch 60: training pair " in line
+    assert "takes 64 tokens, the most of 1 that do not fit; give at least 64, or a lower --max_length" in line
+    needs = "--tokens_per_batch 234: needs each prompt read once: "
+    line = refused(tokens_per_batch=234, alpha=0, torch_compile="true")
+    assert f"{needs}under --torch_compile every batch would be compiled anew" in line
+    assert "split_batches" in refused(tokens_per_batch=234, alpha=0, accelerator_config='{"split_batches": true}')
+
+    def unreadable(student):
+        raise InputError("it has no plain reward head")
+
+    monkeypatch.setattr("idrm.train.read_packed_pairs", unreadable)
+    assert f"{needs}it has no plain reward head" in refused(tokens_per_batch=234, alpha=0)
 
 
 def test_an_interrupted_run_shows_no_traceback(flags, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from idrm.shared_prompts import pack_pairs, packing
+from idrm.shared_prompts import pack_pairs, packed_length, packing
 from idrm.shared_prompts.packing import PackedPair
 
 
@@ -27,6 +27,7 @@ def test_every_sequence_is_in_the_row_at_its_own_positions(pairs):
             assert ends[segment, index] == places[-1]
     # Each token once: nothing is padded, nothing there twice.
     assert sum(pair.shared + pair.chosen + pair.rejected for pair in packed.pairs) == packed.input_ids.numel()
+    assert sum(map(packed_length, *pairs)) == packed.input_ids.numel()
 
 
 def test_the_common_beginning_is_the_longest_one():

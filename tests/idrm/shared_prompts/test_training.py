@@ -88,10 +88,10 @@ def test_what_cannot_share_is_said_once_or_refused(tmp_path, student_path, pairs
     assert ending.value.code == 2
     assert "error: --share_prompt on: under --torch_compile" in capsys.readouterr().err
     assert not (tmp_path / "on").exists()
-    config = parse_arguments([*map(str, flags), str(tmp_path / "auto"), "--attn_implementation", "flash_attention_2"])
+    config = parse_arguments([*map(str, flags), str(tmp_path / "auto"), "--attn_implementation", "flex_attention"])
     with caplog.at_level("INFO", logger="idrm.train"):
         assert not _shares_prompts(config, AutoConfig.from_pretrained(student_path), 64)
-    assert "read in both of its sequences: --attn_implementation flash_attention_2 has no such" in caplog.text
+    assert "read in both of its sequences: --attn_implementation flex_attention has no such" in caplog.text
     student = AutoModelForSequenceClassification.from_pretrained(student_path)
     student.score = torch.nn.Sequential(student.score)
     with caplog.at_level("INFO", logger="idrm.train"):
