@@ -86,8 +86,9 @@ class TokenBatchSampler(Sampler[tuple[int, ...]]):
         self.sampler = RandomSampler(batches)
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        order = list(self.sampler)
-        return (self.batches[index] for index in islice(cycle(order), len(self)))
+        # Not before the first batch is asked for: a loader with workers begins twice, and the order counts its epochs.
+        for index in islice(cycle(self.sampler), len(self)):
+            yield self.batches[index]
 
     def __len__(self) -> int:
         return math.ceil(len(self.batches) / self.num_replicas) * self.num_replicas

@@ -74,6 +74,7 @@ def test_the_order_is_that_of_the_epoch_on_every_rank_and_after_a_resumption(ran
 
     def epoch(loader, number):
         loader.set_epoch(number)
+        iter(loader.batch_sampler)  # which a loader with workers begins once in vain
         return list(loader.batch_sampler)
 
     epochs = [[epoch(loader(rank), number) for rank in range(ranks)] for number in range(3)]
