@@ -41,8 +41,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 HEAD_DIMS = (64, 128)
 # What leads to other code, by its words: maps computed or stored, with a position bias, merged units, one softmax over
-# all segments, the divergence, a causal mask, 64-row slabs.
-VARIANTS = ("packed", "stored", "bias", "merged", "merged stored", "joint kl", "causal", "cut")
+# all segments, the divergence, a causal mask, 64-row slabs, a prefix that the segments share.
+UNSHARED_VARIANTS = ("packed", "stored", "bias", "merged", "merged stored", "joint kl", "causal", "cut")
+SHARED_VARIANTS = ("shared", "shared merged", "shared kl")
+VARIANTS = UNSHARED_VARIANTS + SHARED_VARIANTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +91,12 @@ def recorded_launches(arch: str, dtype: str, head_dim: int, variant: str) -> dic
     q, k = (torch.zeros(tokens, heads, head_dim, dtype=DTYPES[dtype]) for _ in range(2))
     segments = 1 if "causal" in variant else 2
     units = [token // 2 for token in range(tokens)] if "merged" in variant else None
-    layout = MapLayout.build(range(0, tokens + 1, tokens // segments), segments=segments, unit_of_token=units)
-    student = teacher = PackedAttention(q, k, causal="causal" in variant)
+    shared = [tokens // 4] if "shared" in variant else None
+    layout = MapLayout.build(
+        range(0, tokens + 1, tokens // segments), segments=segments, unit_of_token=units, shared_prefix_lens=shared
+    )
+    teacher = PackedAttention(q, k, causal="causal" in variant)
+    student = PackedAttention(q[: layout.total_tokens], k[: layout.total_tokens], causal="causal" in variant)
     if "bias" in variant:
         tables = [torch.zeros(tokens, heads, slots, dtype=DTYPES[dtype]) for _ in range(2)]
         positions, slot_of_delta = torch.zeros(tokens, dtype=torch.int32), torch.zeros(1023, dtype=torch.int32)
@@ -106,6 +112,8 @@ def recorded_launches(arch: str, dtype: str, head_dim: int, variant: str) -> dic
         # A kernel may be launched for the student without, and for the teacher with, the position bias; the one for
         # keys by the first, by a later and by the last slab of an example.
         name = kernel.fn.__name__ + (" with bias" if arguments.get("positions") is not None else "")
+        if arguments.get("SHARED"):
+            name += " shared"
         if "BEGINS" in arguments and not (arguments["BEGINS"] and arguments["ENDS"]):
             name += " begun" if arguments["ENDS"] else " to go on"
         launches.setdefault(name, (kernel, arguments))

@@ -138,7 +138,7 @@ class MapLayout:
         teacher_unit_offsets = _unit_offsets("teacher_unit_of_token", teacher_units, teacher_cu_seqlens, cu_units)
         shared_units, token_index = _shared_prefixes(shared_prefix_lens, segments, cu_seqlens, cu_units, unit_offsets)
         units_of_examples = cu_units[::segments].diff()
-        plan = make_plan(segments, cu_units, unit_offsets, teacher_unit_offsets)
+        plan = make_plan(segments, cu_units, unit_offsets, teacher_unit_offsets, shared_units)
         return cls(
             segments=segments,
             num_examples=num_segments // segments,

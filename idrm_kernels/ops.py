@@ -33,7 +33,7 @@ else:
 
 
 # Those that score a prefix that segments share once; the others are given it once a segment.
-TAKES_SHARED_PREFIXES = {"reference", "torch", "cpp"}
+TAKES_SHARED_PREFIXES = {"reference", "torch", "cpp", "triton"}
 
 
 class Repeating:

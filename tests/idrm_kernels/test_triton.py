@@ -1,11 +1,12 @@
 """What only the Triton kernels have: tile shapes, tf32, 64-bit offsets, slabs, the search; when they are chosen."""
 
+import dataclasses
 import functools
 
 import pytest
 import torch
 
-from idrm_kernels import MapLayout, PackedAttention, StoredMaps, api, attention_map_loss
+from idrm_kernels import MapLayout, PackedAttention, StoredMaps, api, attention_map_distance, attention_map_loss
 from idrm_kernels.impl.problem import LossOptions, MapProblem
 from idrm_kernels.testing.cases import Case, make_problem
 from idrm_kernels.testing.comparison import check_errors, implementation_outputs
@@ -25,6 +26,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 @pytest.fixture
 def impl():
     return "triton"
+
+
+def flat_problem(student, teacher, layout):
+    return MapProblem(*api._flat(student, teacher, layout, "l2", "block", 1, 64 << 20))
 
 
 # (rows, columns) of the kernels whose tiles have both, of the query gradient, and of the key gradient.
@@ -159,6 +164,71 @@ def test_sections_of_a_plan_are_aligned():
     assert all(bounds.start % 2 == 0 for bounds in plan.bounds)
     assert len(plan.values(Section.UNITS)) == 70
     assert len(plan.slots[0]) == layout.total_units + 1
+
+
+SHARED = Case(lengths=((70, 67), (2, 1)), shared=(66, 0), num_heads=1, num_kv_heads=1, head_dim=16, teacher_heads=1)
+
+
+@pytest.mark.parametrize(
+    ("case", "slabs"),
+    [
+        (SHARED, [2, 2, 1, 1]),
+        (dataclasses.replace(SHARED, lengths=((5, 4), (2, 1)), shared=(3, 0), merged=True), [2, 1, 1]),
+    ],
+    ids=["tokens", "merged"],
+)
+def test_slabs_that_cut_a_shared_example_change_no_bit(case, slabs, device):
+    """Without a workspace a slab has at most 64 tokens: of the prefix, or of what is left of one segment."""
+    problem = make_problem(case, device)
+    plan = Plan.of(flat_problem(problem.student, problem.teacher, problem.layout))
+    cut = [slab for slab in plan.slabs(1, 2, 0) if slab.is_shared]
+    assert [(len(slab.segments), slab.is_whole) for slab in cut] == [(segments, False) for segments in slabs]
+
+    def outputs(workspace_bytes):
+        own, q, k = problem.leaves()
+        sides = (own.student, own.teacher, own.layout)
+        loss = attention_map_loss(*sides, impl="triton", workspace_bytes=workspace_bytes).loss
+        return loss, *torch.autograd.grad(loss, (q, k))
+
+    for own, expected in zip(outputs(0), outputs(64 << 20), strict=True):
+        assert torch.equal(own, expected)
+
+
+def test_examples_with_and_without_a_shared_prefix_change_no_bit_of_each_other(device):
+    problem = make_problem(dataclasses.replace(SHARED, lengths=((7, 3), (4, 5)), shared=(0, 3)), device)
+    student, teacher = problem.student, problem.teacher
+
+    def outputs(tokens, units, layout):
+        q, k = (tensor[tokens].detach().requires_grad_() for tensor in (student.q, student.k))
+        own_teacher = PackedAttention(teacher.q[units], teacher.k[units])
+        distances = attention_map_distance(PackedAttention(q, k), own_teacher, layout, impl="triton")
+        return distances.squeeze(0), *torch.autograd.grad(distances.sum(), (q, k))
+
+    both = outputs(slice(None), slice(None), problem.layout)
+    for place, layout in (
+        (slice(0, 10), MapLayout.build([0, 7, 10], device=device)),
+        (slice(10, None), MapLayout.build([0, 4, 9], shared_prefix_lens=[3], device=device)),
+    ):
+        for own, expected in zip(outputs(place, place, layout), both, strict=True):
+            assert torch.equal(own, expected[place])
+
+
+def test_a_shared_prefix_is_scored_once(monkeypatch):
+    """A prefix of two tiles and rests of one and three: 6 tiles of rows and of keys, where two segments have 8."""
+    monkeypatch.setattr(configurations, "pinned", lambda *key: Configuration(64, 64, 4, 1))
+    programs = {}
+    for shared in (128, 0):
+        layout = MapLayout.build([0, 192, 512], shared_prefix_lens=[shared])
+        q, teacher_q = (torch.empty(tokens, 1, 64) for tokens in (layout.total_tokens, layout.teacher_total_tokens))
+        problem = flat_problem(PackedAttention(q, q), PackedAttention(teacher_q, teacher_q), layout)
+
+        def record(kernel, grid, shared=shared, **arguments):
+            programs[kernel.fn.__name__, shared] = grid[0]
+
+        loss_of(Batch(problem, arch="sm_90", run=record), LossOptions(None, "frobenius", 1.0, 1.0, True))
+    for kernel, power in (("query_gradient", 1), ("key_gradient", 1), ("difference", 2)):
+        name = f"{kernel}_fwd_kernel" if kernel == "difference" else f"{kernel}_bwd_kernel"
+        assert (programs[name, 128], programs[name, 0]) == (6**power, 8**power)
 
 
 @pytest.mark.parametrize("kernel", ["logsumexp", "difference", "head_mean", "query_gradient", "key_gradient"])

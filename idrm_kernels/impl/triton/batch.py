@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from idrm_kernels.impl.problem import LossOptions, MapProblem
 from idrm_kernels.impl.triton import launch
 from idrm_kernels.impl.triton.block_loss import block_loss_fwd_kernel, total_loss_fwd_kernel
+from idrm_kernels.impl.triton.combination import combination_bwd_kernel
 from idrm_kernels.impl.triton.comparison import comparison_fwd_kernel
 from idrm_kernels.impl.triton.configurations import (
     ARITHMETIC,
@@ -51,18 +53,18 @@ class Batch:
         self.teacher = Side.teacher(problem) if problem.maps is None else None
         self.maps = None if problem.maps is None else problem.maps.contiguous()
         self.arch = architecture(problem.q.device) if arch is None else arch
-        self.student_is_merged = problem.q.shape[0] != problem.total_units
-        teacher_is_merged = self.teacher is not None and self.teacher.q.shape[0] != problem.total_units
+        self.student_is_merged = int(problem.unit_offsets[-1]) != problem.total_units
+        self.teacher_is_merged = self.teacher is not None and self.teacher.q.shape[0] != problem.total_units
         has_bias = self.teacher is not None and self.teacher.has_bias
-        self.is_fused = not (self.student_is_merged or teacher_is_merged or has_bias)
+        self.is_fused = not (self.student_is_merged or self.teacher_is_merged or has_bias)
         half = problem.q.dtype != torch.float32 and problem.metric == "l2"
         self.difference_dtype = torch.float16 if half else torch.float32
         self.difference_scale = DIFFERENCE_SCALE if half else 1.0
         # Where only distances are made, an element takes but its share of a partial sum; and where a slab begins inside
-        # a segment, offsets count from the segment's first row.
+        # a range of tokens, offsets count from the range's first row.
         elements = problem.workspace_bytes * min(TILE_SIZES) // 4
         elements = min(elements, self.plan.total_elements * problem.num_head_groups)
-        self.index = launch.index_type(problem, max(elements, self.plan.largest_segment))
+        self.index = launch.index_type(problem, max(elements, self.plan.largest_range))
         self.is_joint = problem.normalization == "joint"
         self.block_examples = triton.next_power_of_2(max(2, problem.num_examples))
         self.segment_table = self.section(Section.SEGMENTS)
@@ -71,14 +73,23 @@ class Batch:
         self.teacher_statistics = None if self.teacher is None else self.denominators(self.teacher)
 
     def launch(
-        self, kernel: str, sides: list[Side], run: Callable[[Configuration], None], repeats: bool = True
+        self,
+        kernel: str,
+        sides: list[Side],
+        run: Callable[[Configuration], None],
+        is_shared: bool,
+        repeats: bool = True,
     ) -> None:
-        """Runs a launch in the configuration of a kernel that reads some sides; ``repeats``: it may run again."""
+        """Runs a launch in the configuration of a kernel that reads some sides.
+
+        ``is_shared``: the student's tokens have prefixes that segments share; ``repeats``: it may run again.
+        """
         head_dim = max(side.head_dim for side in sides)
         arithmetic = max((side.arithmetic for side in sides), key=ARITHMETIC.index)
         kernel += " with bias" if any(side.has_bias for side in sides) else ""
         if self.problem.metric == "kl" and kernel in ("difference", "query_gradient", "key_gradient"):
             kernel += " kl"
+        kernel += " shared" if is_shared else ""
         launch_configured(kernel, head_dim, arithmetic, self.arch, run, repeats)
 
     def section(self, section: Section) -> Tensor:
@@ -95,27 +106,38 @@ class Batch:
         shape = (1 if self.is_joint else self.problem.segments, side.num_heads, tokens)
         statistics = {"logsumexp": self.empty(*shape), "row_maximum": self.empty(*shape) if side.is_exact else None}
 
-        def run(own: Configuration) -> None:
-            row_tiles = self.section(side.rows[own.block_m])
-            self.run(
-                logsumexp_fwd_kernel,
-                (row_tiles.numel() // 3 * side.num_heads,),
-                **side.operands(own, self.arch),
-                **side.bias(),
-                **statistics,
-                scale=side.score_scale,
-                segment_table=self.segment_table,
-                row_tiles=row_tiles,
-                total_tokens=tokens,
-                SEGMENTS=self.problem.segments,
-                TOKENS=side.first_token,
-                JOINT=self.is_joint,
-                INDEX=self.index,
-                **side.shape(),
-                **own.options,
-            )
+        def launch(tiles: Callable[[int], range], is_shared: bool) -> None:
+            def run(own: Configuration) -> None:
+                covered = tiles(own.block_m)
+                self.run(
+                    logsumexp_fwd_kernel,
+                    (len(covered) * side.num_heads,),
+                    **side.operands(own, self.arch),
+                    **side.bias(),
+                    **statistics,
+                    scale=side.score_scale,
+                    segment_table=self.segment_table,
+                    row_tiles=self.section(side.rows[own.block_m]),
+                    first_tile=covered.start,
+                    total_tokens=tokens,
+                    SEGMENTS=self.problem.segments,
+                    TOKENS=side.first_token,
+                    SHARED=is_shared,
+                    JOINT=self.is_joint,
+                    INDEX=self.index,
+                    **side.shape(),
+                    **own.options,
+                )
 
-        self.launch("logsumexp", [side], run)
+            self.launch("logsumexp", [side], run, is_shared)
+
+        if side.is_teacher:
+            launch(lambda size: range(self.section(side.rows[size]).numel() // 3), False)
+        else:
+            for examples, is_shared in self.plan.alike:
+                own_tokens = self.plan.tokens(examples)
+                if own_tokens:
+                    launch(functools.partial(self.plan.row_tiles, own_tokens), is_shared)
         return statistics
 
     def slabs(self, needs_difference: bool, needs_distances: bool) -> list[Slab]:
@@ -147,8 +169,9 @@ class Batch:
                 groups_at_once = max(1, min(groups_at_once, workspace_bytes // (4 * UNIT_TILE * widest)))
             for first in range(slab.groups.start, slab.groups.stop, groups_at_once):
                 part = slab._replace(groups=range(first, min(first + groups_at_once, slab.groups.stop)))
+                staged = None
                 for staging in self.plan.stagings(part, workspace_bytes):
-                    self.compare_units(part, staging, difference, distances)
+                    staged = self.compare_units(part, staging, staged, difference, distances)
         return difference
 
     def place(self, slab: Slab) -> dict:
@@ -159,6 +182,7 @@ class Batch:
             "slab_origin": slab.origin,
             "slab_elements": slab.elements,
             "SEGMENTS": self.problem.segments,
+            "SHARED": slab.is_shared,
             "INDEX": self.index,
         }
 
@@ -179,7 +203,7 @@ class Batch:
         def run(own: Configuration) -> None:
             rows = ExampleField[f"ROWS_{own.block_m}"]
             pairs = ExampleField[f"PAIRS_{own.block_m}_{own.block_n}"]
-            tiles = self.plan.row_tiles(slab.tokens, slab.segments, own.block_m)
+            tiles = self.plan.row_tiles(slab.tokens, own.block_m)
             covered = self.plan.pairs(tiles, slab.examples, rows, pairs)
             partial_distances = None
             if distances is not None:
@@ -196,6 +220,7 @@ class Batch:
                 **self.statistics,
                 scale=student.score_scale,
                 total_tokens=student.q.shape[0],
+                total_units=self.problem.total_units,
                 **{f"teacher_{name}": value for name, value in of_teacher.items()},
                 **{f"TEACHER_{name}": value for name, value in teacher.shape(num_groups).items()},
                 **self.stored_maps(),
@@ -218,7 +243,7 @@ class Batch:
                 **own.options,
             )
             if distances is not None:
-                tiles = self.plan.row_tiles(slab.tokens, slab.segments, RUN_TOKENS)
+                tiles = self.plan.row_tiles(slab.tokens, RUN_TOKENS)
                 self.run(
                     row_distance_fwd_kernel,
                     (len(tiles), self.problem.segments, len(slab.groups)),
@@ -234,12 +259,22 @@ class Batch:
                     **self.place(slab),
                 )
 
-        self.launch("difference", [student, teacher], run)
+        self.launch("difference", [student, teacher], run, slab.is_shared)
 
-    def compare_units(self, slab: Slab, staging: Staging, difference: Tensor | None, distances: Tensor | None) -> None:
-        """Both maps' staged rows, merged and compared."""
+    def compare_units(
+        self,
+        slab: Slab,
+        staging: Staging,
+        staged: Tensor | None,
+        difference: Tensor | None,
+        distances: Tensor | None,
+    ) -> Tensor:
+        """Both maps' staged rows, merged and compared; the student's, made unless the staging before had them."""
         problem = self.problem
-        staged = self.head_means(self.student, self.statistics, slab, staging.slots, staging.origin, staging.elements)
+        if not staging.is_staged:
+            staged = self.head_means(
+                self.student, self.statistics, slab, staging.slots, staging.origin, staging.elements
+            )
         teacher_staged = None
         if self.teacher is not None:
             teacher_staged = self.head_means(
@@ -269,18 +304,20 @@ class Batch:
             units=self.section(Section.UNITS),
             unit_tiles=self.section(Section.UNIT_TILES),
             first_tile=staging.tiles.start,
-            first_unit=slab.units.start,
-            last_unit=slab.units.stop,
+            first_unit=staging.units.start,
+            last_unit=staging.units.stop,
             total_units=problem.total_units,
             METRIC=problem.metric,
             FACTOR=self.difference_scale,
             **self.place(slab),
             **COMPARISON.options,
         )
+        return staged
 
     def head_means(self, side: Side, statistics: dict, slab: Slab, slots: range, origin: int, elements: int) -> Tensor:
         """(groups, elements): rows of slots, columns of tokens."""
         prefix = "TEACHER_" if side.is_teacher else ""
+        is_shared = slab.is_shared and not side.is_teacher
         runs = self.plan.runs(slots, Section[f"{prefix}RUNS"])
         staged = self.empty(len(slab.groups), elements)
 
@@ -310,8 +347,9 @@ class Batch:
                 staged_elements=elements,
                 SEGMENTS=self.problem.segments,
                 PAIRS=int(pairs),
+                SHARED=is_shared,
                 JOINT=self.is_joint,
-                MERGED=side.q.shape[0] != self.problem.total_units,
+                MERGED=self.teacher_is_merged if side.is_teacher else self.student_is_merged,
                 INDEX=self.index,
                 BLOCK_EXAMPLES=self.block_examples,
                 **side.staging,
@@ -319,7 +357,7 @@ class Batch:
                 **own.options,
             )
 
-        self.launch("head_mean", [side], run)
+        self.launch("head_mean", [side], run, is_shared)
         return staged
 
     def block_losses(
@@ -377,7 +415,7 @@ class Batch:
             "delta": gradients.delta,
             "total_tokens": side.q.shape[0],
             "difference": difference,
-            "coefficients": gradients.token_coefficients(slab, coefficients),
+            "coefficients": gradients.token_coefficients(slab, difference, coefficients),
             "units": gradients.units,
             "first_row": slab.tokens.start,
             "last_row": slab.tokens.stop,
@@ -389,7 +427,7 @@ class Batch:
         }
 
         def run_queries(own: Configuration) -> None:
-            tiles = self.plan.row_tiles(slab.tokens, slab.segments, own.block_m)
+            tiles = self.plan.row_tiles(slab.tokens, own.block_m)
             self.run(
                 query_gradient_bwd_kernel,
                 (len(tiles) * heads * len(slab.groups),),
@@ -402,20 +440,20 @@ class Batch:
                 **own.options,
             )
 
-        segments = range(slab.examples.start * problem.segments, slab.examples.stop * problem.segments)
-        partial_dk = gradients.partial_dk(slab, self.plan)
+        keys = self.plan.tokens(slab.examples)
+        partial_dk = gradients.partial_dk(slab, len(keys))
 
         def run_keys(own: Configuration) -> None:
-            first, last = (self.plan.tiles_before(segment, own.block_n) for segment in (segments.start, segments.stop))
+            tiles = self.plan.row_tiles(keys, own.block_n)
             self.run(
                 key_gradient_bwd_kernel,
-                ((last - first) * side.k.shape[1],),
+                (len(tiles) * side.k.shape[1],),
                 **side.operands(own, self.arch),
                 dk=gradients.dk,
                 partial_dk=partial_dk,
-                partial_first=self.plan.tokens(segments.start).start,
+                partial_first=keys.start,
                 key_tiles=self.section(side.rows[own.block_n]),
-                first_tile=first,
+                first_tile=tiles.start,
                 last_group=slab.groups.stop,
                 BEGINS=slab.begins,
                 ENDS=slab.ends,
@@ -423,8 +461,31 @@ class Batch:
                 **own.options,
             )
 
-        self.launch("query_gradient", [side], run_queries)
-        self.launch("key_gradient", [side], run_keys, repeats=slab.begins)
+        self.launch("query_gradient", [side], run_queries, slab.is_shared)
+        self.launch("key_gradient", [side], run_keys, slab.is_shared, repeats=slab.begins)
+
+    def combine(self, slab: Slab, difference: Tensor, coefficients: Tensor, combined: Tensor) -> None:
+        """The differences of shared rows and their coefficients, summed over the segments in place of the first's."""
+        tiles = self.plan.tiles_of(slab.units)
+        self.run(
+            combination_bwd_kernel,
+            (len(tiles), self.problem.segments, len(slab.groups)),
+            difference=difference,
+            coefficients=coefficients,
+            combined=combined,
+            segment_table=self.segment_table,
+            unit_tiles=self.section(Section.UNIT_TILES),
+            first_tile=tiles.start,
+            first_unit=slab.units.start,
+            last_unit=slab.units.stop,
+            first_group=slab.groups.start,
+            slab_origin=slab.origin,
+            slab_elements=slab.elements,
+            total_units=self.problem.total_units,
+            SEGMENTS=self.problem.segments,
+            INDEX=self.index,
+            **COMPARISON.options,
+        )
 
 
 class Gradients:
@@ -439,29 +500,36 @@ class Gradients:
     def __init__(self, batch: Batch, dtype: torch.dtype):
         self.dq, self.dk = (torch.empty_like(side, dtype=dtype) for side in (batch.student.q, batch.student.k))
         self.delta = torch.empty_like(batch.statistics["logsumexp"])
-        self.units = None
-        if batch.student_is_merged:
-            problem = batch.problem
-            self.units = batch.section(Section.UNITS)
+        self.units = batch.section(Section.UNITS) if batch.student_is_merged else None
+        self._batch, self._partial_dk = batch, None
+        problem = batch.problem
+        self._by_token = self._combined = None
+        if batch.student_is_merged or problem.token_index is not None:
+            self._by_token = batch.empty(problem.num_head_groups, len(self.dq), problem.segments)
             self._unit_tokens = problem.device_unit_offsets.diff()[:, None]
-            self._coefficients = batch.empty(problem.num_head_groups, len(self.units), problem.segments)
-        self._partial_dk = None
+        if problem.token_index is not None:
+            self._combined = batch.empty(problem.num_head_groups, problem.total_units, problem.segments)
 
-    def token_coefficients(self, slab: Slab, coefficients: Tensor) -> Tensor:
-        """(num_head_groups, total_tokens, segments): in the rows of the slab, a unit's coefficients by its tokens."""
-        if self.units is None:
+    def token_coefficients(self, slab: Slab, difference: Tensor, coefficients: Tensor) -> Tensor:
+        """(num_head_groups, total_tokens, segments): in the rows of the slab, a unit's coefficients by its tokens.
+
+        Where a prefix is shared, its rows of the difference and their coefficients are summed over the segments first.
+        """
+        if self._by_token is None:
             return coefficients
-        groups, rows = (slice(own.start, own.stop) for own in (slab.groups, slab.tokens))
-        units = self.units[rows]
-        self._coefficients[groups, rows] = coefficients[groups, units] / self._unit_tokens[units]
-        return self._coefficients
+        groups, rows, units = (slice(own.start, own.stop) for own in (slab.groups, slab.tokens, slab.units))
+        if slab.is_shared:
+            self._combined[groups, units] = coefficients[groups, units]
+            self._batch.combine(slab, difference, coefficients, self._combined)
+            coefficients = self._combined
+        units = self._batch.section(Section.UNITS)[rows]
+        self._by_token[groups, rows] = coefficients[groups, units] / self._unit_tokens[units]
+        return self._by_token
 
-    def partial_dk(self, slab: Slab, plan: Plan) -> Tensor:
+    def partial_dk(self, slab: Slab, tokens: int) -> Tensor:
         """(tokens of the example, num_kv_heads, head_dim) float32; any tensor where the slab needs none."""
         if slab.begins and slab.ends:
             return self.dk
         if slab.begins:
-            segments = plan.example_segments(slab.examples.start)
-            tokens = plan.tokens(segments.stop - 1).stop - plan.tokens(segments.start).start
             self._partial_dk = self.dk.new_empty((tokens, *self.dk.shape[1:]), dtype=torch.float32)
         return self._partial_dk

@@ -74,9 +74,11 @@ def _by_head_dim(*tiles: tuple[int, int, int, int]) -> dict[int, Configuration]:
     return {size: Configuration(*tiles[min(i, len(tiles) - 1)]) for i, size in enumerate((64, 128, 256))}
 
 
-# By kind of product, then by kernel; "kl" takes the plain kernel's where it is not named: its derivatives are float32,
-# and its logarithms take registers. Row tiles (BLOCK_M) of the kernels
-# that have them are of tiles.TILE_SIZES, runs of tiles.RUN_TOKENS, and the key gradient's divide plan.SLAB_ROWS.
+# By kind of product, then by kernel. "shared" is for examples that share a prefix: a map, or a third sum of the query
+# gradient, more takes registers; "kl" has float32 derivatives, and its logarithms take some too. Each takes what is
+# named without it where it is not named itself, "kl shared" first the other metric's. Row tiles (BLOCK_M) of the
+# kernels that have them are of tiles.TILE_SIZES, runs of tiles.RUN_TOKENS, and the key gradient's divide
+# plan.SLAB_ROWS.
 _HOPPER_BF16 = {
     "logsumexp": _by_head_dim((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
     "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
@@ -87,6 +89,9 @@ _HOPPER_BF16 = {
     "query_gradient": _by_head_dim((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
     "query_gradient kl": _by_head_dim((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
     "key_gradient": _by_head_dim((64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+    "difference shared": _by_head_dim((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "difference kl shared": _by_head_dim((64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)),
+    "query_gradient shared": _by_head_dim((64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
 }
 _HOPPER = {
     "bf16": _HOPPER_BF16,
@@ -100,6 +105,8 @@ _HOPPER = {
         "head_mean with bias": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
         "key_gradient": _by_head_dim((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2)),
+        "difference shared": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        "query_gradient shared": _by_head_dim((64, 32, 8, 2), (64, 16, 8, 2)),
     },
     "ieee": {
         "logsumexp": _by_head_dim((64, 64, 8, 1), (64, 32, 8, 1)),
@@ -137,6 +144,8 @@ _AMPERE_BF16 = {
     "head_mean with bias": _by_head_dim((64, 64, 8, 2)),
     "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
     "key_gradient": _by_head_dim((32, 128, 8, 2), (64, 64, 8, 2)),
+    "difference shared": _by_head_dim((64, 64, 8, 2)),
+    "query_gradient shared": _by_head_dim((64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1)),
 }
 _AMPERE = {
     "bf16": _AMPERE_BF16,
@@ -149,6 +158,8 @@ _AMPERE = {
         "head_mean with bias": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
         "key_gradient": _by_head_dim((32, 128, 8, 2), (32, 64, 4, 2), (16, 64, 8, 1)),
+        "difference shared": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        "query_gradient shared": _by_head_dim((64, 32, 8, 2), (64, 16, 8, 1)),
     },
     "ieee": _HOPPER["ieee"],
 }
@@ -161,6 +172,8 @@ _CDNA3_HALF = {
     "head_mean with bias": _by_head_dim((64, 64, 4, 1)),
     "query_gradient": _by_head_dim((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
     "key_gradient": _by_head_dim((64, 64, 4, 1), (64, 64, 4, 1), (32, 64, 4, 1)),
+    "difference shared": _by_head_dim((64, 64, 4, 1)),
+    "query_gradient shared": _by_head_dim((64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1)),
 }
 _CDNA3_FLOAT = {
     "logsumexp": _by_head_dim((64, 64, 4, 1)),
@@ -192,9 +205,11 @@ PINNED = {
 
 
 def pinned(kernel: str, head_dim: int, arithmetic: str, arch: str) -> Configuration:
-    """The configuration of a kernel: "logsumexp", "logsumexp with bias", "difference", "difference kl", and so on."""
+    """The configuration of a kernel: "logsumexp", "logsumexp with bias", "difference", "difference kl shared"..."""
     own = PINNED[arch][arithmetic]
-    return own.get(kernel, own.get(kernel.removesuffix(" kl")))[max(64, block_d(head_dim))]
+    plain = kernel.removesuffix(" shared")
+    names = (kernel, kernel.replace(" kl", ""), plain, plain.removesuffix(" kl"))
+    return own[next(name for name in names if name in own)][max(64, block_d(head_dim))]
 
 
 def candidates(kernel: str, head_dim: int, arithmetic: str, arch: str) -> list[Configuration]:

@@ -1,6 +1,6 @@
 """Student's minus teacher's map where a unit is a token on both sides: no map of either leaves the registers.
 
-1 product and 1 exp an element and head, of both models.
+1 product and 1 exp an element and head, of both models; of the student where segments share a prefix, once for all.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from idrm_kernels.impl.triton.head_mean import mean_probabilities
 from idrm_kernels.impl.triton.primitives import (
     COLUMN,
     FIRST_TOKEN,
+    FIRST_UNIT,
     ORIGIN,
-    WIDTH,
+    PART_UNIT,
+    STRIDE,
     aligned_field,
+    chosen,
     group_start,
     pair_of,
+    part_table,
     segment_field,
     segment_tokens,
+    segments_of,
     slab_row,
 )
 
@@ -43,6 +48,7 @@ def compared(b_student, b_teacher, METRIC: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "total_tokens",
+        "total_units",
         "max_units",
         "num_groups",
         "num_examples",
@@ -63,6 +69,7 @@ def difference_fwd_kernel(
     logsumexp,
     row_maximum,
     total_tokens,
+    total_units,
     teacher_q,
     teacher_k,
     teacher_q_descriptor,
@@ -100,6 +107,7 @@ def difference_fwd_kernel(
     TEACHER_PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
+    SHARED: tl.constexpr,
     JOINT: tl.constexpr,
     METRIC: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -110,12 +118,12 @@ def difference_fwd_kernel(
     BLOCK_D: tl.constexpr,
     TEACHER_BLOCK_D: tl.constexpr,
 ):
-    """A program has one row tile, column tile and group.
+    """A program has one row tile, column tile and group, in every segment that they lie in.
 
     difference (groups, rows of the slab, columns), the derivatives times FACTOR; None where nothing needs them.
     partial_distances: the same with a column for a column tile, its share of the row distances; or None.
     """
-    example, row_tile, key_segment, column_tile = pair_of(
+    example, row_tile, key_segment, key_table, column_tile = pair_of(
         segment_table,
         example_table,
         num_examples,
@@ -124,6 +132,7 @@ def difference_fwd_kernel(
         PAIRS,
         ROWS,
         FIRST_TOKEN,
+        SHARED,
         BLOCK_N,
         BLOCK_EXAMPLES,
     )
@@ -131,52 +140,21 @@ def difference_fwd_kernel(
     query_segment = tl.load(row_tiles + row_tile * 3).to(tl.int32)
     q_first = tl.load(row_tiles + row_tile * 3 + 1).to(INDEX)
     q_last = tl.load(row_tiles + row_tile * 3 + 2).to(INDEX)
-    segment_first, segment_last = segment_tokens(segment_table, key_segment, FIRST_TOKEN, INDEX)
-    k_first = segment_first + column_tile * BLOCK_N
+    key_first, key_last = segment_tokens(key_table, key_segment, FIRST_TOKEN, INDEX)
+    k_first = key_first + column_tile * BLOCK_N
+    num_queries = segments_of(segment_table, query_segment, q_first, SEGMENTS, SHARED)
+    num_keys = segments_of(segment_table, key_segment, k_first, SEGMENTS, SHARED)
+    query_table = part_table(segment_table, num_queries, SHARED)
     support = key_segment - example * SEGMENTS
     if JOINT:
         support = support * 0
+    SUPPORTS: tl.constexpr = SEGMENTS if SHARED and not JOINT else 1
     o_i = tl.arange(0, BLOCK_M)
     o_j = tl.arange(0, BLOCK_N)
-    m_j = o_j < segment_last - k_first
-    if maps is None:
-        b_t = mean_probabilities(
-            teacher_q,
-            teacher_k,
-            teacher_q_descriptor,
-            teacher_k_descriptor,
-            None,
-            None,
-            None,
-            None,
-            0,
-            0,
-            tl.cast(teacher_scale, tl.float32),
-            teacher_logsumexp,
-            teacher_row_maximum,
-            total_tokens,
-            q_first,
-            q_last,
-            k_first,
-            segment_last,
-            support,
-            first_group + i_g,
-            TEACHER_NUM_HEADS,
-            TEACHER_NUM_KV_HEADS,
-            TEACHER_HEADS,
-            TEACHER_HEAD_DIM,
-            TEACHER_CAUSAL,
-            TEACHER_PRECISION,
-            BLOCK_M,
-            BLOCK_N,
-            TEACHER_BLOCK_D,
-        )
-    else:
-        example_first = segment_field(segment_table, example * SEGMENTS, FIRST_TOKEN, INDEX)
-        map_row = (example * num_groups + first_group + i_g).to(INDEX) * max_units + q_first - example_first
-        p_t = maps + map_row * max_units + k_first - example_first + o_i[:, None] * max_units + o_j[None, :]
-        b_t = tl.load(p_t, mask=(o_i < q_last - q_first)[:, None] & m_j[None, :], other=0.0).to(tl.float32)
-    b_s = mean_probabilities(
+    m_j = o_j < key_last - k_first
+    row = q_first + o_i
+    m_i = (row < q_last) & (row >= first_row) & (row < last_row)
+    student = mean_probabilities(
         q,
         k,
         q_descriptor,
@@ -194,34 +172,79 @@ def difference_fwd_kernel(
         q_first,
         q_last,
         k_first,
-        segment_last,
+        key_last,
         support,
+        num_keys,
         first_group + i_g,
         NUM_HEADS,
         NUM_KV_HEADS,
         HEADS,
         HEAD_DIM,
         CAUSAL,
+        SUPPORTS,
         PRECISION,
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
     )
-    terms, derivative = compared(b_s, b_t, METRIC)  # [BLOCK_M, BLOCK_N]
-    width = aligned_field(segment_table, query_segment, WIDTH, INDEX)
-    segment_row = segment_field(segment_table, query_segment, FIRST_TOKEN, INDEX)
-    origin = slab_row(segment_table, query_segment, slab_origin, ORIGIN, INDEX)
-    origin += group_start(i_g, slab_elements, INDEX) + (q_first - segment_row) * width
-    origin += aligned_field(segment_table, key_segment, COLUMN, INDEX) + column_tile * BLOCK_N
-    row = q_first + o_i
-    m_i = (row < q_last) & (row >= first_row) & (row < last_row)
-    if difference is not None:
-        p_d = difference + origin + o_i[:, None] * width + o_j[None, :]
-        # Whole tiles: past the segment's last key there is room for them.
-        tl.store(p_d, (derivative * FACTOR).to(difference.dtype.element_ty), mask=m_i[:, None])
-    if partial_distances is not None:
-        b_d = tl.sum(tl.where(m_j[None, :], terms, 0.0), 1)
-        tl.store(partial_distances + (origin + o_i * width) // BLOCK_N, b_d, mask=m_i)
+    range_row = segment_field(query_table, query_segment, FIRST_TOKEN, INDEX)
+    for pair in range(num_queries * num_keys):
+        x = query_segment + pair // num_keys
+        y = pair % num_keys
+        # Units are tokens, the teacher's too.
+        q_unit = segment_field(query_table, x, PART_UNIT, INDEX) + q_first - range_row
+        k_unit = segment_field(key_table, key_segment + y, PART_UNIT, INDEX) + k_first - key_first
+        if maps is None:
+            b_t = mean_probabilities(
+                teacher_q,
+                teacher_k,
+                teacher_q_descriptor,
+                teacher_k_descriptor,
+                None,
+                None,
+                None,
+                None,
+                0,
+                0,
+                tl.cast(teacher_scale, tl.float32),
+                teacher_logsumexp,
+                teacher_row_maximum,
+                total_units,
+                q_unit,
+                q_unit + q_last - q_first,
+                k_unit,
+                k_unit + key_last - k_first,
+                support if JOINT else support + y,
+                1,
+                first_group + i_g,
+                TEACHER_NUM_HEADS,
+                TEACHER_NUM_KV_HEADS,
+                TEACHER_HEADS,
+                TEACHER_HEAD_DIM,
+                TEACHER_CAUSAL,
+                1,
+                TEACHER_PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                TEACHER_BLOCK_D,
+            )[0]
+        else:
+            example_first = segment_field(segment_table, example * SEGMENTS, FIRST_UNIT, INDEX)
+            map_row = (example * num_groups + first_group + i_g).to(INDEX) * max_units + q_unit - example_first
+            p_t = maps + map_row * max_units + k_unit - example_first + o_i[:, None] * max_units + o_j[None, :]
+            b_t = tl.load(p_t, mask=(o_i < q_last - q_first)[:, None] & m_j[None, :], other=0.0).to(tl.float32)
+        terms, derivative = compared(chosen(student, y), b_t, METRIC)  # [BLOCK_M, BLOCK_N]
+        stride = aligned_field(query_table, x, STRIDE, INDEX)
+        origin = slab_row(query_table, x, slab_origin, ORIGIN, INDEX)
+        origin += group_start(i_g, slab_elements, INDEX) + (q_first - range_row) * stride
+        origin += aligned_field(key_table, key_segment + y, COLUMN, INDEX) + column_tile * BLOCK_N
+        if difference is not None:
+            p_d = difference + origin + o_i[:, None] * stride + o_j[None, :]
+            # Whole tiles: past the range's last key there is room for them.
+            tl.store(p_d, (derivative * FACTOR).to(difference.dtype.element_ty), mask=m_i[:, None])
+        if partial_distances is not None:
+            b_d = tl.sum(tl.where(m_j[None, :], terms, 0.0), 1)
+            tl.store(partial_distances + (origin + o_i * stride) // BLOCK_N, b_d, mask=m_i)
 
 
 @triton.jit(
@@ -248,6 +271,7 @@ def row_distance_fwd_kernel(
     slab_elements,
     total_units,
     SEGMENTS: tl.constexpr,
+    SHARED: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -260,18 +284,24 @@ def row_distance_fwd_kernel(
     q_first = tl.load(row_tiles + i_t * 3 + 1).to(INDEX)
     q_last = tl.load(row_tiles + i_t * 3 + 2).to(INDEX)
     key_segment = query_segment // SEGMENTS * SEGMENTS + i_y
-    first, last = segment_tokens(segment_table, key_segment, FIRST_TOKEN, INDEX)
-    width = aligned_field(segment_table, query_segment, WIDTH, INDEX)
-    segment_row = segment_field(segment_table, query_segment, FIRST_TOKEN, INDEX)
-    origin = slab_row(segment_table, query_segment, slab_origin, ORIGIN, INDEX)
-    origin += group_start(i_g, slab_elements, INDEX) + (q_first - segment_row) * width
-    origin += aligned_field(segment_table, key_segment, COLUMN, INDEX)
     o_i = tl.arange(0, BLOCK_M)
     row = q_first + o_i
     m_i = (row < q_last) & (row >= first_row) & (row < last_row)
-    b_d = tl.zeros([BLOCK_M], dtype=tl.float32)
-    p_d = partial_distances + (origin + o_i * width) // BLOCK_N
-    for tile in range(tl.cdiv(last - first, BLOCK_N)):
-        b_d += tl.load(p_d + tile, mask=m_i, other=0.0)
-    p_o = distances + (tl.cast(first_group + i_g, INDEX) * total_units + row) * SEGMENTS + i_y
-    tl.store(p_o, tl.maximum(b_d, 0.0), mask=m_i)
+    num_queries = segments_of(segment_table, query_segment, q_first, SEGMENTS, SHARED)
+    query_table = part_table(segment_table, num_queries, SHARED)
+    range_row = segment_field(query_table, query_segment, FIRST_TOKEN, INDEX)
+    for x in range(num_queries):
+        stride = aligned_field(query_table, query_segment + x, STRIDE, INDEX)
+        origin = slab_row(query_table, query_segment + x, slab_origin, ORIGIN, INDEX)
+        origin += group_start(i_g, slab_elements, INDEX) + (q_first - range_row) * stride
+        b_d = tl.zeros([BLOCK_M], dtype=tl.float32)
+        for part in range(1 + SHARED):
+            key_table = part_table(segment_table, 1 + SHARED - part, SHARED)
+            first, last = segment_tokens(key_table, key_segment, FIRST_TOKEN, INDEX)
+            o_d = origin + aligned_field(key_table, key_segment, COLUMN, INDEX)
+            p_d = partial_distances + (o_d + o_i * stride) // BLOCK_N
+            for tile in range(tl.cdiv(last - first, BLOCK_N)):
+                b_d += tl.load(p_d + tile, mask=m_i, other=0.0)
+        unit = segment_field(query_table, query_segment + x, PART_UNIT, INDEX) + row - range_row
+        p_o = distances + (tl.cast(first_group + i_g, INDEX) * total_units + unit) * SEGMENTS + i_y
+        tl.store(p_o, tl.maximum(b_d, 0.0), mask=m_i)

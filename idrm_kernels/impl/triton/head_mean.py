@@ -16,6 +16,8 @@ from idrm_kernels.impl.triton.primitives import (
     product,
     scores,
     segment_tokens,
+    segments_of,
+    shared_denominators,
     slab_row,
 )
 
@@ -41,22 +43,29 @@ def mean_probabilities(
     k_first,
     k_last,
     support,
+    num_supports,
     group,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SUPPORTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """P of a tile, mean over the HEADS heads of a group [BLOCK_M, BLOCK_N]; 0 beyond the rows and keys."""
+    """P of a tile, mean over the HEADS heads of a group [BLOCK_M, BLOCK_N]; 0 beyond the rows and keys.
+
+    A tuple of SUPPORTS such tiles, one for each of the num_supports softmaxes from ``support`` on that the keys lie in.
+    """
     o_i = tl.arange(0, BLOCK_M)
     m_i = o_i < q_last - q_first
     o_support = (support * NUM_HEADS).to(q_first.dtype) * total_tokens + q_first + o_i
-    b_p = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    b_p = ()
+    for _ in tl.static_range(SUPPORTS):
+        b_p += (tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32),)
     for i_h in range(group * HEADS, (group + 1) * HEADS):
         b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
         b_s = scores(
@@ -86,11 +95,38 @@ def mean_probabilities(
             BLOCK_D,
         )
         o_l = o_support + tl.cast(i_h, q_first.dtype) * total_tokens
+        if SUPPORTS == 1:
+            b_l = tl.load(logsumexp + o_l, mask=m_i, other=float("inf"))
+            b_m = b_l
+            if row_maximum is not None:
+                b_m = tl.load(row_maximum + o_l, mask=m_i, other=0.0)
+            quotients = (None,)
+        else:
+            stride = NUM_HEADS * tl.cast(total_tokens, q_first.dtype)
+            b_l, b_m, quotients = shared_denominators(logsumexp, row_maximum, o_l, stride, num_supports, m_i, SUPPORTS)
         if row_maximum is not None:
-            b_s = (b_s - tl.load(row_maximum + o_l, mask=m_i, other=0.0)[:, None]) * LOG2_E
-        b_l = tl.load(logsumexp + o_l, mask=m_i, other=float("inf"))
-        b_p += tl.exp2(b_s - b_l[:, None])
-    return tl.where(m_i[:, None], b_p * (1.0 / HEADS), 0.0)
+            b_s = (b_s - b_m[:, None]) * LOG2_E
+        b_e = tl.exp2(b_s - b_l[:, None])
+        sums = ()
+        for n in tl.static_range(SUPPORTS):
+            sums += (b_p[n] + (b_e if SUPPORTS == 1 else b_e * quotients[n][:, None]),)
+        b_p = sums
+    means = ()
+    for n in tl.static_range(SUPPORTS):
+        means += (tl.where(m_i[:, None], b_p[n] * (1.0 / HEADS), 0.0),)
+    return means
+
+
+@triton.jit
+def summed_rows(member, b_p):
+    """The product with a matrix of zeros and ones, exact: three bfloat16 parts hold all of a float32."""
+    high = b_p.to(tl.bfloat16)
+    rest = b_p - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    b_u = product(member, low, None, "ieee")
+    b_u = product(member, middle, b_u, "ieee")
+    return product(member, high, b_u, "ieee")
 
 
 @triton.jit(
@@ -146,6 +182,7 @@ def head_mean_fwd_kernel(
     ORIGINS: tl.constexpr,
     RUNS: tl.constexpr,
     PAIRS: tl.constexpr,
+    SHARED: tl.constexpr,
     JOINT: tl.constexpr,
     CAUSAL: tl.constexpr,
     MERGED: tl.constexpr,
@@ -156,8 +193,11 @@ def head_mean_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """staged (groups, slots, columns), a slot's row the sum over its tokens; a program has one run and column tile."""
-    example, run, key_segment, column_tile = pair_of(
+    """staged (groups, slots, columns), a slot's row the sum over its tokens; a program has one run and column tile.
+
+    A prefix that segments share has the columns of every segment, and its rows once.
+    """
+    example, run, key_segment, key_table, column_tile = pair_of(
         segment_table,
         example_table,
         num_examples,
@@ -166,6 +206,7 @@ def head_mean_fwd_kernel(
         PAIRS,
         RUNS,
         TOKENS,
+        SHARED,
         BLOCK_N,
         BLOCK_EXAMPLES,
     )
@@ -174,12 +215,15 @@ def head_mean_fwd_kernel(
     q_first = tl.load(runs + run * 4 + 1).to(INDEX)
     q_last = tl.load(runs + run * 4 + 2).to(INDEX)
     slot = tl.load(runs + run * 4 + 3)
-    segment_first, segment_last = segment_tokens(segment_table, key_segment, TOKENS, INDEX)
-    k_first = segment_first + column_tile * BLOCK_N
+    range_first, range_last = segment_tokens(key_table, key_segment, TOKENS, INDEX)
+    k_first = range_first + column_tile * BLOCK_N
     support = key_segment - example * SEGMENTS
     if JOINT:
         support = support * 0
-    b_p = mean_probabilities(
+    NUM_KEYS: tl.constexpr = SEGMENTS if SHARED else 1
+    SUPPORTS: tl.constexpr = 1 if JOINT else NUM_KEYS
+    num_keys = segments_of(segment_table, key_segment, k_first, SEGMENTS, SHARED)
+    maps = mean_probabilities(
         q,
         k,
         q_descriptor,
@@ -197,14 +241,16 @@ def head_mean_fwd_kernel(
         q_first,
         q_last,
         k_first,
-        segment_last,
+        range_last,
         support,
+        num_keys,
         first_group + i_g,
         NUM_HEADS,
         NUM_KV_HEADS,
         HEADS,
         HEAD_DIM,
         CAUSAL,
+        SUPPORTS,
         PRECISION,
         BLOCK_M,
         BLOCK_N,
@@ -218,14 +264,10 @@ def head_mean_fwd_kernel(
         first_unit = tl.load(units + q_first)
         num_rows = (tl.load(units + q_last - 1) - first_unit).to(tl.int32) + 1
         member = (o_r[:, None] == (unit - first_unit)[None, :]).to(tl.float32).to(tl.bfloat16)  # [slots, tokens]
-        # Three bfloat16 parts hold all of a float32, and a product with zeros and ones is exact.
-        high = b_p.to(tl.bfloat16)
-        rest = b_p - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        b_p = product(member, low, None, "ieee")
-        b_p = product(member, middle, b_p, "ieee")
-        b_p = product(member, high, b_p, "ieee")
+        sums = ()
+        for n in tl.static_range(SUPPORTS):
+            sums += (summed_rows(member, maps[n]),)
+        maps = sums
     # A run's rows count from its slot; those of other slabs are theirs to write.
     row_slot = slot + o_r
     m_r = (o_r < num_rows) & (row_slot >= first_slot) & (row_slot < last_slot)
@@ -233,6 +275,9 @@ def head_mean_fwd_kernel(
     segment_slot = tl.load(slots + tl.load(segment_table + query_segment * SEGMENT_FIELDS + FIRST_UNIT))
     origin = slab_row(segment_table, query_segment, staged_origin, ORIGINS, INDEX)
     origin += group_start(i_g, staged_elements, INDEX) + (slot - segment_slot).to(INDEX) * width
-    origin += aligned_field(segment_table, key_segment, COLUMNS, INDEX) + column_tile * BLOCK_N
-    p_s = staged + origin + o_r[:, None] * width + o_j[None, :]
-    tl.store(p_s, b_p, mask=m_r[:, None] & (o_j < segment_last - k_first)[None, :])
+    origin += column_tile * BLOCK_N
+    for n in tl.static_range(NUM_KEYS):
+        column = aligned_field(key_table, key_segment + tl.minimum(n, num_keys - 1), COLUMNS, INDEX)
+        p_s = staged + origin + column + o_r[:, None] * width + o_j[None, :]
+        m_n = m_r[:, None] & (o_j < range_last - k_first)[None, :] & (n < num_keys)
+        tl.store(p_s, maps[n if SUPPORTS > 1 else 0], mask=m_n)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from idrm_kernels.impl.triton.primitives import LOG2_E, load_rows, scores, segment_tokens
+from idrm_kernels.impl.triton.primitives import LOG2_E, load_rows, range_of, scores, segment_tokens
 
 
 @triton.jit
@@ -22,6 +22,7 @@ def store_statistics(b_max, b_sum, logsumexp, row_maximum, o_l, m_i):
     do_not_specialize=[
         "max_delta",
         "num_slots",
+        "first_tile",
         "total_tokens",
     ]
 )
@@ -41,12 +42,14 @@ def logsumexp_fwd_kernel(
     row_maximum,
     segment_table,
     row_tiles,
+    first_tile,
     total_tokens,
     SEGMENTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TOKENS: tl.constexpr,
+    SHARED: tl.constexpr,
     JOINT: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -58,9 +61,10 @@ def logsumexp_fwd_kernel(
     """logsumexp (supports, num_heads, total_tokens) in base 2; a program has one row tile and head.
 
     With row_maximum, of the same shape, that has the maximum, in base e, and logsumexp the rest: their sum would lose
-    as many bits as large scores have before the point, which float32 in full precision would show.
+    as many bits as large scores have before the point, which float32 in full precision would show. Where a prefix is
+    SHARED, every segment's sum goes on from the prefix's.
     """
-    i_t = tl.program_id(0) // NUM_HEADS
+    i_t = first_tile + tl.program_id(0) // NUM_HEADS
     i_h = tl.program_id(0) % NUM_HEADS
     segment = tl.load(row_tiles + i_t * 3).to(tl.int32)
     q_first = tl.load(row_tiles + i_t * 3 + 1).to(INDEX)
@@ -72,8 +76,11 @@ def logsumexp_fwd_kernel(
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     o_l = tl.cast(i_h, INDEX) * total_tokens + q_first + o_i
-    for y in range(SEGMENTS):
-        first, last = segment_tokens(segment_table, segment // SEGMENTS * SEGMENTS + y, TOKENS, INDEX)
+    b_first_max = b_max
+    b_first_sum = b_sum
+    for r in range(SEGMENTS + SHARED):
+        key_segment, table = range_of(segment_table, segment // SEGMENTS * SEGMENTS, r, SEGMENTS, SHARED)
+        first, last = segment_tokens(table, key_segment, TOKENS, INDEX)
         if CAUSAL:
             last = tl.minimum(last, q_last)
         for j in range(first, last, BLOCK_N):
@@ -110,10 +117,20 @@ def logsumexp_fwd_kernel(
                 rest = tl.sum(tl.exp2((b_s - b_new[:, None]) * LOG2_E), 1)
                 b_sum = b_sum * tl.exp2((b_max - b_new) * LOG2_E) + rest
             b_max = b_new
+        if SHARED:
+            if JOINT:
+                b_sum *= tl.where(r == 0, SEGMENTS, 1)
+            else:
+                b_first_max = tl.where(r == 0, b_max, b_first_max)
+                b_first_sum = tl.where(r == 0, b_sum, b_first_sum)
         if not JOINT:
-            store_statistics(b_max, b_sum, logsumexp, row_maximum, o_l, m_i)
-            o_l += NUM_HEADS * tl.cast(total_tokens, INDEX)
-            b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            b_sum = tl.zeros([BLOCK_M], tl.float32)
+            if SHARED:
+                o_s = o_l + (r - 1) * (NUM_HEADS * tl.cast(total_tokens, INDEX))
+                store_statistics(b_max, b_sum, logsumexp, row_maximum, o_s, m_i & (r > 0))
+            else:
+                store_statistics(b_max, b_sum, logsumexp, row_maximum, o_l, m_i)
+                o_l += NUM_HEADS * tl.cast(total_tokens, INDEX)
+            b_max = b_first_max
+            b_sum = b_first_sum
     if JOINT:
         store_statistics(b_max, b_sum, logsumexp, row_maximum, o_l, m_i)

@@ -10,15 +10,20 @@ from idrm_kernels import tiles
 FIRST_TOKEN = tl.constexpr(int(tiles.SegmentField.FIRST_TOKEN))
 TEACHER_FIRST_TOKEN = tl.constexpr(int(tiles.SegmentField.TEACHER_FIRST_TOKEN))
 FIRST_UNIT = tl.constexpr(int(tiles.SegmentField.FIRST_UNIT))
+PART_UNIT = tl.constexpr(int(tiles.SegmentField.PART_UNIT))
 COLUMN = tl.constexpr(int(tiles.SegmentField.COLUMN))
 TEACHER_COLUMN = tl.constexpr(int(tiles.SegmentField.TEACHER_COLUMN))
 WIDTH = tl.constexpr(int(tiles.SegmentField.WIDTH))
 TEACHER_WIDTH = tl.constexpr(int(tiles.SegmentField.TEACHER_WIDTH))
 ORIGIN = tl.constexpr(int(tiles.SegmentField.ORIGIN))
+STRIDE = tl.constexpr(int(tiles.SegmentField.STRIDE))
+PREFIX = tl.constexpr(int(tiles.PREFIX))
 SLOT_ORIGIN = tl.constexpr(int(tiles.SegmentField.SLOT_ORIGIN))
 TEACHER_SLOT_ORIGIN = tl.constexpr(int(tiles.SegmentField.TEACHER_SLOT_ORIGIN))
 SEGMENT_FIELDS = tl.constexpr(len(tiles.SegmentField))
 EXAMPLE_FIELDS = tl.constexpr(len(tiles.ExampleField))
+
+RUN_TOKENS = tl.constexpr(tiles.RUN_TOKENS)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -70,6 +75,75 @@ def group_start(i_g, slab_elements, INDEX: tl.constexpr):
 
 
 @triton.jit
+def part_table(segment_table, num_segments, SHARED: tl.constexpr):
+    """The table to read a part of a segment from: a prefix's, of several segments, has it where its own tokens are."""
+    if SHARED:
+        segment_table += tl.where(num_segments > 1, PREFIX, 0)
+    return segment_table
+
+
+@triton.jit
+def segments_of(segment_table, segment, first, SEGMENTS: tl.constexpr, SHARED: tl.constexpr):
+    """In how many segments a tile's tokens lie, the first one's among them: all of an example for a SHARED prefix."""
+    count = 1
+    if SHARED:
+        own_first = tl.load(segment_table + segment * SEGMENT_FIELDS + FIRST_TOKEN)
+        count = tl.where(first < own_first, SEGMENTS, 1)
+    return count
+
+
+@triton.jit
+def range_of(segment_table, example_segment, i_r, SEGMENTS: tl.constexpr, SHARED: tl.constexpr):
+    """The segment of an example's i_r-th range of tokens, a SHARED prefix coming first, and its ``part_table``."""
+    segment = example_segment + i_r
+    if SHARED:
+        segment = tl.maximum(segment - 1, example_segment)
+        segment_table = part_table(segment_table, tl.where(i_r == 0, SEGMENTS, 1), SHARED)
+    return segment, segment_table
+
+
+@triton.jit
+def chosen(values, index):
+    """One of a tuple's tensors."""
+    value = values[0]
+    for n in tl.static_range(1, len(values)):
+        value = tl.where(index == n, values[n], value)
+    return value
+
+
+@triton.jit
+def shared_denominators(logsumexp, row_maximum, o_l, support_stride, num_supports, m_i, SUPPORTS: tl.constexpr):
+    """What the probabilities of a row's keys in several supports have in common.
+
+    The statistics of the support with the smallest denominator, logsumexp and row maximum, and for every one of the
+    num_supports the quotient of the smallest by its own, which no overflow can reach; 0 for those beyond.
+    """
+    b_l = tl.load(logsumexp + o_l, mask=m_i, other=float("inf"))
+    b_m = b_l
+    if row_maximum is not None:
+        b_m = tl.load(row_maximum + o_l, mask=m_i, other=0.0)
+    for n in tl.static_range(1, SUPPORTS):
+        o_n = o_l + n * support_stride
+        b_own = tl.load(logsumexp + o_n, mask=m_i & (n < num_supports), other=float("inf"))
+        if row_maximum is None:
+            b_l = tl.minimum(b_l, b_own)
+        else:
+            b_max = tl.load(row_maximum + o_n, mask=m_i & (n < num_supports), other=0.0)
+            is_less = (b_max - b_m) * LOG2_E + (b_own - b_l) < 0
+            b_l = tl.where(is_less, b_own, b_l)
+            b_m = tl.where(is_less, b_max, b_m)
+    quotients = ()
+    for n in tl.static_range(SUPPORTS):
+        o_n = o_l + n * support_stride
+        m_n = m_i & (n < num_supports)
+        b_quotient = b_l - tl.load(logsumexp + o_n, mask=m_n, other=float("inf"))
+        if row_maximum is not None:
+            b_quotient += (b_m - tl.load(row_maximum + o_n, mask=m_n, other=0.0)) * LOG2_E
+        quotients += (tl.where(m_n, tl.exp2(b_quotient), 0.0),)
+    return b_l, b_m, quotients
+
+
+@triton.jit
 def pair_of(
     segment_table,
     example_table,
@@ -79,10 +153,11 @@ def pair_of(
     PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_EXAMPLES: tl.constexpr,
 ):
-    """The example of a pair of tiles, its row tile in the batch, the key segment, and its column tile there.
+    """The example of a pair of tiles, its row tile in the batch, the key segment, its ``part_table``, the column tile.
 
     PAIRS and ROWS are the example table's columns that count such pairs and row tiles, TOKENS the field of a key
     segment's first token.
@@ -92,21 +167,24 @@ def pair_of(
     example = tl.sum((ends <= pair).to(tl.int32))
     local = (pair - tl.load(example_table + example * EXAMPLE_FIELDS + PAIRS)).to(tl.int32)
     num_tiles = 0
-    for y in range(SEGMENTS):
-        first, last = segment_tokens(segment_table, example * SEGMENTS + y, TOKENS, tl.int32)
+    for r in range(SEGMENTS + SHARED):
+        segment, table = range_of(segment_table, example * SEGMENTS, r, SEGMENTS, SHARED)
+        first, last = segment_tokens(table, segment, TOKENS, tl.int32)
         num_tiles += tl.cdiv(last - first, BLOCK_N)
     row_tile = tl.load(example_table + example * EXAMPLE_FIELDS + ROWS).to(tl.int32) + local // num_tiles
     column_tile = local % num_tiles
-    key_segment = example * SEGMENTS
+    key_range = 0
     begin = 0
     end = 0
-    for y in range(SEGMENTS):
-        first, last = segment_tokens(segment_table, example * SEGMENTS + y, TOKENS, tl.int32)
+    for r in range(SEGMENTS + SHARED):
+        segment, table = range_of(segment_table, example * SEGMENTS, r, SEGMENTS, SHARED)
+        first, last = segment_tokens(table, segment, TOKENS, tl.int32)
         end += tl.cdiv(last - first, BLOCK_N)
-        key_segment += (column_tile >= end).to(tl.int32)
+        key_range += (column_tile >= end).to(tl.int32)
         begin = tl.where(column_tile >= end, end, begin)
     column_tile -= begin
-    return example, row_tile, key_segment, column_tile
+    key_segment, key_table = range_of(segment_table, example * SEGMENTS, key_range, SEGMENTS, SHARED)
+    return example, row_tile, key_segment, key_table, column_tile
 
 
 @triton.jit

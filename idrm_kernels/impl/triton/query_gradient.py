@@ -14,18 +14,23 @@ import triton.language as tl
 from idrm_kernels.impl.triton.primitives import (
     COLUMN,
     FIRST_TOKEN,
-    FIRST_UNIT,
     LOG2_E,
     ORIGIN,
-    WIDTH,
+    PART_UNIT,
+    PREFIX,
+    STRIDE,
     aligned_field,
+    chosen,
     group_start,
     load_rows,
+    part_table,
     power_of_two,
     product,
     rounded,
     segment_field,
     segment_tokens,
+    segments_of,
+    shared_denominators,
     slab_row,
 )
 
@@ -87,6 +92,7 @@ def query_gradient_bwd_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    SHARED: tl.constexpr,
     JOINT: tl.constexpr,
     CAUSAL: tl.constexpr,
     SCALED: tl.constexpr,
@@ -101,7 +107,7 @@ def query_gradient_bwd_kernel(
 
     A and B are b_a and b_b, the sums of w and of the rounded P b_w and b_p.
     coefficients (num_head_groups, total_tokens, segments); units, which say where a token's row of difference begins,
-    are None where a unit is a token.
+    are None where a unit is a token. The rows of a SHARED prefix have been summed over the segments.
     SCALED rows are multiplied by a power of two while in half precision: float16 would underflow.
     """
     i_t = first_tile + tl.program_id(0) // num_heads_of_slab
@@ -118,13 +124,15 @@ def query_gradient_bwd_kernel(
     o_d = tl.arange(0, BLOCK_D)
     row = q_first + o_i
     m_i = (row < q_last) & (row >= first_row) & (row < last_row)
+    num_queries = segments_of(segment_table, query_segment, q_first, SEGMENTS, SHARED)
+    query_table = part_table(segment_table, num_queries, SHARED)
     if units is None:
-        unit = row
+        range_row = row - segment_field(query_table, query_segment, FIRST_TOKEN, INDEX)
     else:
         unit = tl.load(units + row, mask=m_i, other=0).to(INDEX)
-    width = aligned_field(segment_table, query_segment, WIDTH, INDEX)
-    o_row = (unit - segment_field(segment_table, query_segment, FIRST_UNIT, INDEX)) * width
-    o_row += slab_row(segment_table, query_segment, slab_origin, ORIGIN, INDEX)
+        range_row = unit - segment_field(query_table, query_segment, PART_UNIT, INDEX)
+    o_row = range_row * aligned_field(query_table, query_segment, STRIDE, INDEX)
+    o_row += slab_row(query_table, query_segment, slab_origin, ORIGIN, INDEX)
     o_row += group_start(i_g - first_group, slab_elements, INDEX)
     b_q = load_rows(q, q_descriptor, q_first, q_last, i_h, NUM_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D)
     row_scale = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -142,6 +150,78 @@ def query_gradient_bwd_kernel(
     b_w = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_p = tl.zeros([BLOCK_M], dtype=tl.float32)
     begun = 0
+    if SHARED:
+        # A prefix key's P in the softmax of y is the quotient of y times p, that of the smallest denominator, so that
+        # B and the sum of p are taken once; w is summed over the segments before it meets the key.
+        SUPPORTS: tl.constexpr = 1 if JOINT else SEGMENTS
+        stride = NUM_HEADS * tl.cast(total_tokens, INDEX)
+        b_l, b_m, quotients = shared_denominators(logsumexp, row_maximum, o_head, stride, SUPPORTS, m_i, SUPPORTS)
+        weights = ()
+        deltas = ()
+        mus = ()
+        for y in tl.static_range(SEGMENTS):
+            b_c = row_coefficients(coefficients, row, m_i, tl.cast(i_g, INDEX), y, total_tokens, SEGMENTS, FACTOR)
+            weights += (b_c / row_scale * (1.0 if JOINT else quotients[y]),)
+        for _ in tl.static_range(SUPPORTS):
+            deltas += (tl.zeros([BLOCK_M], dtype=tl.float32),)
+            mus += (tl.zeros([BLOCK_M], dtype=tl.float32),)
+        b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        first, last = segment_tokens(segment_table + PREFIX, example_segment, FIRST_TOKEN, INDEX)
+        for tile in range(tl.cdiv(last - first, BLOCK_N).to(tl.int32)):
+            k_first = first + tile * BLOCK_N
+            b_k = load_rows(k, k_descriptor, k_first, last, i_k, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D)
+            b_s = product(b_q, tl.trans(b_k), None, PRECISION) * scale  # [BLOCK_M, BLOCK_N]
+            if row_maximum is not None:
+                b_s = (b_s - b_m[:, None]) * LOG2_E
+            m_j = (o_j < last - k_first)[None, :]
+            probabilities = tl.where(m_j, tl.exp2(b_s - b_l[:, None]), 0.0)
+            b_e = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            own_deltas = ()
+            for y in tl.static_range(SEGMENTS):
+                column = aligned_field(segment_table + PREFIX, example_segment + y, COLUMN, INDEX) + tile * BLOCK_N
+                p_d = difference + (o_row + column)[:, None] + o_j[None, :]
+                b_d = tl.load(p_d, mask=m_i[:, None], other=0.0).to(tl.float32)
+                own = tl.where(m_j, b_d, 0.0) * weights[y][:, None]
+                if not JOINT:
+                    own_deltas += (tl.sum(probabilities * own, 1),)
+                b_e += own
+            if JOINT:
+                own_deltas = (tl.sum(probabilities * b_e, 1),)
+            sums = ()
+            first_deltas = ()
+            b_shift = tl.zeros([BLOCK_M], dtype=tl.float32)
+            for n in tl.static_range(SUPPORTS):
+                sums += (deltas[n] + own_deltas[n],)
+                first_deltas += (tl.where(tile == 0, own_deltas[n], mus[n]),)
+                b_shift += first_deltas[n] * (SEGMENTS if JOINT else quotients[n])
+            deltas = sums
+            mus = first_deltas
+            weighted = probabilities * b_e
+            if b_k.dtype != tl.float32 or PRECISION != "ieee":
+                weighted -= probabilities * b_shift[:, None]
+            operand, value = rounded(weighted, b_k.dtype, PRECISION)
+            b_a = product(operand, b_k, b_a, PRECISION)
+            operand_p, value_p = rounded(probabilities, b_k.dtype, PRECISION)
+            b_b = product(operand_p, b_k, b_b, PRECISION)
+            b_sum += tl.sum(probabilities, 1)
+            b_w += tl.sum(value, 1)
+            b_p += tl.sum(value_p, 1)
+        begun = 1
+        if JOINT:
+            b_delta = deltas[0]
+            b_mu = mus[0]
+            b_b *= SEGMENTS
+            b_p *= SEGMENTS
+        else:
+            # What w's rounding adds to its sum is spread over the softmaxes as P is.
+            b_excess = b_w
+            b_quotients = tl.zeros([BLOCK_M], dtype=tl.float32)
+            for y in tl.static_range(SEGMENTS):
+                b_excess -= deltas[y] - mus[y] * quotients[y] * b_sum
+                b_quotients += quotients[y]
+            b_excess /= tl.where(m_i, b_quotients, 1.0)
+            b_prefix_b = b_b
+            b_prefix_p = b_p
     for y in range(SEGMENTS):
         first, last = segment_tokens(segment_table, example_segment + y, FIRST_TOKEN, INDEX)
         p_d = difference + (o_row + aligned_field(segment_table, example_segment + y, COLUMN, INDEX))[:, None]
@@ -155,6 +235,13 @@ def query_gradient_bwd_kernel(
             b_m = tl.load(row_maximum + o_support, mask=m_i, other=0.0)
         b_c = row_coefficients(coefficients, row, m_i, tl.cast(i_g, INDEX), y, total_tokens, SEGMENTS, FACTOR)
         b_c /= row_scale
+        if SHARED and not JOINT:
+            b_quotient = chosen(quotients, y)
+            b_delta = chosen(deltas, y)
+            b_mu = chosen(mus, y)
+            b_b = b_prefix_b * b_quotient[:, None]
+            b_p = b_prefix_p * b_quotient
+            b_w = b_delta + (b_excess - b_mu * b_sum) * b_quotient
         for tile in range(tl.cdiv(last - first, BLOCK_N).to(tl.int32)):
             k_first = first + tile * BLOCK_N
             b_k = load_rows(k, k_descriptor, k_first, last, i_k, NUM_KV_HEADS, HEAD_DIM, BLOCK_N, BLOCK_D)
