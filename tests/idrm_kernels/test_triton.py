@@ -163,7 +163,7 @@ def test_sections_of_a_plan_are_aligned():
     )
     assert all(bounds.start % 2 == 0 for bounds in plan.bounds)
     assert len(plan.values(Section.UNITS)) == 70
-    assert len(plan.slots[0]) == layout.total_units + 1
+    assert len(plan.values(Section.SLOTS)) == layout.total_units + 1
 
 
 SHARED = Case(lengths=((70, 67), (2, 1)), shared=(66, 0), num_heads=1, num_kv_heads=1, head_dim=16, teacher_heads=1)

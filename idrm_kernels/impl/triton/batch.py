@@ -171,7 +171,12 @@ class Batch:
                 part = slab._replace(groups=range(first, min(first + groups_at_once, slab.groups.stop)))
                 staged = None
                 for staging in self.plan.stagings(part, workspace_bytes):
-                    staged = self.compare_units(part, staging, staged, difference, distances)
+                    if not staging.is_staged:
+                        # Before the next rows are made: one piece's at a time.
+                        staged = None
+                        place = (staging.slots, staging.origin, staging.elements)
+                        staged = self.head_means(self.student, self.statistics, part, *place)
+                    self.compare_units(part, staging, staged, difference, distances)
         return difference
 
     def place(self, slab: Slab) -> dict:
@@ -262,19 +267,10 @@ class Batch:
         self.launch("difference", [student, teacher], run, slab.is_shared)
 
     def compare_units(
-        self,
-        slab: Slab,
-        staging: Staging,
-        staged: Tensor | None,
-        difference: Tensor | None,
-        distances: Tensor | None,
-    ) -> Tensor:
-        """Both maps' staged rows, merged and compared; the student's, made unless the staging before had them."""
+        self, slab: Slab, staging: Staging, staged: Tensor, difference: Tensor | None, distances: Tensor | None
+    ) -> None:
+        """The student's staged rows, and the teacher's, merged and compared."""
         problem = self.problem
-        if not staging.is_staged:
-            staged = self.head_means(
-                self.student, self.statistics, slab, staging.slots, staging.origin, staging.elements
-            )
         teacher_staged = None
         if self.teacher is not None:
             teacher_staged = self.head_means(
@@ -312,7 +308,6 @@ class Batch:
             **self.place(slab),
             **COMPARISON.options,
         )
-        return staged
 
     def head_means(self, side: Side, statistics: dict, slab: Slab, slots: range, origin: int, elements: int) -> Tensor:
         """(groups, elements): rows of slots, columns of tokens."""

@@ -1,8 +1,9 @@
 """The tile shapes, warps and stages of every kernel: pinned per head_dim, dtype and architecture; searched on request.
 
 Pinned for registers: at a head_dim of 64 and of 128, with 32-bit offsets, none of these spills in bf16, fp16 or tf32 on
-sm_80 and sm_90 (tests/idrm_kernels/test_compile_report.py); other head sizes and 64-bit offsets may, a little. A search
-changes bits from one machine to the next and is off unless IDRM_KERNELS_SEARCH=1.
+sm_80 and sm_90 (tests/idrm_kernels/test_compile_report.py); other head sizes and 64-bit offsets may, a little, and so
+may those for shared prefixes but in bf16 on sm_90. A search changes bits from one machine to the next and is off unless
+IDRM_KERNELS_SEARCH=1.
 """
 
 from __future__ import annotations
