@@ -1,5 +1,6 @@
 // How products are taken: in the numbers that are computed with, or in pairs of bfloat16 with float accumulators.
 // An operand is a row of units; one unit is a number, or two bfloat16 that follow one another in the summed dimension.
+// Numerator is what keeps softmax numerators to the operands' precision.
 #pragma once
 
 #include "plan.h"
@@ -17,12 +18,15 @@ template <class T_, int W_, int MR_, int NR_>
 struct Plain {
   using T = T_;
   using Unit = T_;
+  using Numerator = T_;
   using V = Vector<T, W_>;
   using Vec = typename V::type;
   static constexpr int W = W_, MR = MR_, NR = NR_, depth_of_unit = 1;
 
   static IDRM_INLINE Vec load(const Unit* p) { return V::load(p); }
   static IDRM_INLINE Vec broadcast(const Unit* p) { return V::broadcast(*p); }
+  static IDRM_INLINE Vec load_numerators(const Numerator* p) { return V::load(p); }
+  static IDRM_INLINE void store_numerators(Numerator* p, Vec v) { V::store(p, v); }
   static IDRM_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 };
 
@@ -30,6 +34,7 @@ struct Plain {
 struct BFloat16Pairs {
   using T = float;
   using Unit = uint32_t;
+  using Numerator = uint16_t;
   using V = Vector<float, 16>;
   using Vec = V::type;
   static constexpr int W = 16, MR = 6, NR = 4, depth_of_unit = 2;
@@ -38,6 +43,13 @@ struct BFloat16Pairs {
     return V::load(reinterpret_cast<const float*>(p));
   }
   static IDRM_INLINE Vec broadcast(const Unit* p) { return (Vec)_mm512_set1_epi32(*p); }
+  static IDRM_INLINE Vec load_numerators(const Numerator* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  }
+  static IDRM_INLINE void store_numerators(Numerator* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+  }
   static IDRM_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }

@@ -100,13 +100,42 @@ struct Maps {
     }
   }
 
-  // A row of softmax_of_shared's factors.
+  // Turns a head's scores into numerators of the softmax in place, 0 in padding and behind a causal row's end; writes
+  // 1 / denominator of every key segment (rows, segments), and adds the probabilities to `mean` (rows, columns).
+  static void softmax(const Rows& rows, T* scores, T* inverse, T* mean) {
+    const Problem& problem = *rows.problem;
+    const Columns& tokens = rows.keys->tokens;
+    const int64_t support = problem.joint ? problem.segments : 1;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      T* row = scores + i * tokens.width;
+      for (int64_t y = 0; y < problem.segments; y += support) {
+        Vec most = V::broadcast(-__builtin_inf());
+        for (int64_t z = y; z < y + support; ++z)
+          most = V::max(most, maximum(row + tokens.column[z], visible(rows, i, z)));
+        const Vec offset = V::broadcast(V::maximum(most));
+        Vec total = {};
+        for (int64_t z = y; z < y + support; ++z) {
+          const int64_t padded = tokens.column[z + 1] - tokens.column[z];
+          total += exponentials(row + tokens.column[z], visible(rows, i, z), padded, offset);
+        }
+        const T denominator = V::sum(total);
+        const T own = denominator == 0 ? 0 : 1 / denominator;
+        for (int64_t z = y; z < y + support; ++z) inverse[i * problem.segments + z] = own;
+        const Vec factor = V::broadcast(own);
+        T* sum = mean + i * tokens.width;
+        for (int64_t j = tokens.column[y]; j < tokens.column[y + support]; j += A::W)
+          V::store(sum + j, V::load(sum + j) + V::load(row + j) * factor);
+      }
+    }
+  }
+
+  // Numbers that softmax_of_shared writes for a row.
   static IDRM_INLINE int64_t factors_of_row(int64_t segments) { return 3 * segments + 1; }
 
-  // The same where scores are those of a prefix and of the segments' rests: every range has numerators with a maximum of
-  // its own, so that a prefix keeps its digits in one segment where another's scores lie far above. Writes a row's
-  // maxima (1 + segments,), and what turns the numerators into each segment's probabilities, as exact as one maximum
-  // would: factors of the prefix (segments,) and of the rests (segments,).
+  // `softmax` for scores of a shared prefix and of the segments' rests. Numerators have a maximum of their range, so
+  // that the prefix keeps its digits for one segment where another's scores lie far above. Writes a row's maxima
+  // (1 + segments,) and the factors that make probabilities of the numerators: the prefix's in every segment
+  // (segments,), the rests' (segments,).
   static void softmax_of_shared(const Rows& rows, T* scores, T* factors, T* mean) {
     const int64_t segments = rows.problem->segments;
     const Columns& ranges = rows.keys->ranges;
@@ -160,35 +189,6 @@ struct Maps {
   static IDRM_INLINE void add_product(const T* row, int64_t count, T factor, T* sum) {
     const Vec factors = V::broadcast(factor);
     for (int64_t j = 0; j < count; j += A::W) V::store(sum + j, V::load(sum + j) + V::load(row + j) * factors);
-  }
-
-  // Turns a head's scores into numerators of the softmax in place, 0 in padding and behind a causal row's end; writes
-  // 1 / denominator of every key segment (rows, segments), and adds the probabilities to `mean` (rows, columns).
-  static void softmax(const Rows& rows, T* scores, T* inverse, T* mean) {
-    const Problem& problem = *rows.problem;
-    const Columns& tokens = rows.keys->tokens;
-    const int64_t support = problem.joint ? problem.segments : 1;
-    for (int64_t i = 0; i < rows.count; ++i) {
-      T* row = scores + i * tokens.width;
-      for (int64_t y = 0; y < problem.segments; y += support) {
-        Vec most = V::broadcast(-__builtin_inf());
-        for (int64_t z = y; z < y + support; ++z)
-          most = V::max(most, maximum(row + tokens.column[z], visible(rows, i, z)));
-        const Vec offset = V::broadcast(V::maximum(most));
-        Vec total = {};
-        for (int64_t z = y; z < y + support; ++z) {
-          const int64_t padded = tokens.column[z + 1] - tokens.column[z];
-          total += exponentials(row + tokens.column[z], visible(rows, i, z), padded, offset);
-        }
-        const T denominator = V::sum(total);
-        const T own = denominator == 0 ? 0 : 1 / denominator;
-        for (int64_t z = y; z < y + support; ++z) inverse[i * problem.segments + z] = own;
-        const Vec factor = V::broadcast(own);
-        T* sum = mean + i * tokens.width;
-        for (int64_t j = tokens.column[y]; j < tokens.column[y + support]; j += A::W)
-          V::store(sum + j, V::load(sum + j) + V::load(row + j) * factor);
-      }
-    }
   }
 
   static IDRM_INLINE Vec maximum(const T* row, int64_t count) {

@@ -47,11 +47,11 @@ void run(
     Tensor q, Tensor k, std::optional<Tensor> teacher_q, std::optional<Tensor> teacher_k,
     std::optional<Tensor> positions, std::optional<Tensor> slot_of_delta, std::optional<Tensor> c2p,
     std::optional<Tensor> p2c, std::optional<Tensor> maps, Tensor cu_units, Tensor unit_offsets,
-    Tensor teacher_unit_offsets, Tensor shared_units, std::optional<Tensor> row_weights, std::optional<Tensor> coefficients,
-    Tensor distances, Tensor dq, Tensor dk, Tensor losses, int64_t segments, double softmax_scale,
-    double teacher_softmax_scale, bool causal, bool teacher_causal, bool kl, bool joint, int64_t num_head_groups,
-    int64_t workspace_bytes, int64_t task, int64_t reduction, double intra_weight, double inter_weight,
-    bool needs_grad) {
+    Tensor teacher_unit_offsets, Tensor shared_units, std::optional<Tensor> row_weights,
+    std::optional<Tensor> coefficients, Tensor distances, Tensor dq, Tensor dk, Tensor losses, int64_t segments,
+    double softmax_scale, double teacher_softmax_scale, bool causal, bool teacher_causal, bool kl, bool joint,
+    int64_t num_head_groups, int64_t workspace_bytes, int64_t task, int64_t reduction, double intra_weight,
+    double inter_weight, bool needs_grad) {
   idrm::Problem problem;
   describe(problem.student, q, k);
   problem.student.softmax_scale = softmax_scale;
@@ -120,9 +120,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(idrm_kernels_cpp, m) {
   m.def(
       "run(Tensor q, Tensor k, Tensor? teacher_q, Tensor? teacher_k, Tensor? positions, Tensor? slot_of_delta, "
       "Tensor? c2p, Tensor? p2c, Tensor? maps, Tensor cu_units, Tensor unit_offsets, Tensor teacher_unit_offsets, "
-      "Tensor shared_units, "
-      "Tensor? row_weights, Tensor? coefficients, Tensor(a!) distances, Tensor(b!) dq, Tensor(c!) dk, "
-      "Tensor(d!) losses, int segments, float softmax_scale, float teacher_softmax_scale, bool causal, "
+      "Tensor shared_units, Tensor? row_weights, Tensor? coefficients, Tensor(a!) distances, Tensor(b!) dq, "
+      "Tensor(c!) dk, Tensor(d!) losses, int segments, float softmax_scale, float teacher_softmax_scale, bool causal, "
       "bool teacher_causal, bool kl, bool joint, int num_head_groups, int workspace_bytes, int task, int reduction, "
       "float intra_weight, float inter_weight, bool needs_grad) -> ()");
   m.def("capability() -> str");

@@ -1,5 +1,5 @@
-// What the sweeps take of a chunk of unit rows beside the student's map: the teacher's, the distances of the two, and
-// d loss / d map.
+// What both sweeps do with a chunk of unit rows beside the student's map: the teacher's map, the distances of the two,
+// and the derivatives of these.
 #pragma once
 
 #include "attention_maps.h"
@@ -143,25 +143,23 @@ struct Comparison {
     return value * static_cast<T>(problem.block_weight(x, y));
   }
 
-  // Writes, or adds, d loss / d P of a row's tokens by the units of one segment, padding included: `coefficient` is the
-  // one of the row's distance; `out` may be `teacher`.
-  template <bool kAdd>
-  void derivative(int64_t unit, int64_t y, T coefficient, const T* student, const T* teacher, T* out) const {
+  // Entries of P, of all heads and tokens of a unit, whose mean an entry of the map is.
+  T averaged_entries(int64_t unit) const {
     const int64_t* offsets = problem.student.unit_offsets;
     const int64_t heads = problem.student.num_heads / problem.num_head_groups;
+    return static_cast<T>(heads * (offsets[unit + 1] - offsets[unit]));
+  }
+
+  // factor * d distance / d map of a row and the units of one segment, padding included; `out` may be `teacher`.
+  void map_gradient(int64_t y, T factor, const T* student, const T* teacher, T* out) const {
     const int64_t width = example.units.column[y + 1] - example.units.column[y];
-    const T factor = coefficient / static_cast<T>(heads * (offsets[unit + 1] - offsets[unit]));
     if (problem.kl) {
-      for (int64_t b = 0; b < width; ++b) {
-        const T value = factor * (1 - (student[b] > static_cast<T>(1e-30) ? teacher[b] / student[b] : 0));
-        out[b] = kAdd ? out[b] + value : value;
-      }
+      for (int64_t b = 0; b < width; ++b)
+        out[b] = factor * (1 - (student[b] > static_cast<T>(1e-30) ? teacher[b] / student[b] : 0));
     } else {
       const Vec twice = V::broadcast(2 * factor);
-      for (int64_t b = 0; b < width; b += W) {
-        const Vec value = twice * (V::load(student + b) - V::load(teacher + b));
-        V::store(out + b, kAdd ? V::load(out + b) + value : value);
-      }
+      for (int64_t b = 0; b < width; b += W)
+        V::store(out + b, twice * (V::load(student + b) - V::load(teacher + b)));
     }
   }
 

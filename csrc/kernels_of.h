@@ -116,7 +116,8 @@ struct KernelsOf {
   static int64_t shared_numerator_bytes(const Problem& problem, const Example& example, const SharedChunk& chunk) {
     const int64_t heads = problem.student.num_heads / problem.num_head_groups;
     const int64_t* offsets = problem.student.unit_offsets;
-    return heads * (offsets[chunk.last] - offsets[chunk.first]) * example.student.ranges.width * sizeof(T);
+    const int64_t rows = heads * (offsets[chunk.last] - offsets[chunk.first]);
+    return rows * example.student.ranges.width * sizeof(typename StudentA::Numerator);
   }
 
   static int64_t shared_arena_bytes(const Problem& problem, const Example& example) {

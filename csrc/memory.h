@@ -15,8 +15,8 @@
 
 namespace idrm {
 
-// Memory from torch's allocator that the process keeps from call to call, up to kKeptBytes: a call's buffers are several
-// times as large as its inputs, and on a virtual machine the system's part of touching new pages came near the kernel's.
+// Memory from torch's allocator that the process keeps from call to call: a call's buffers are several times as large
+// as its inputs, and on a virtual machine the system's part of touching new pages came near the kernel's.
 class Reserve {
  public:
   struct Block {

@@ -3,6 +3,8 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <functional>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -12,7 +14,8 @@
 namespace idrm {
 namespace {
 
-// Beyond it, what is kept would weigh more than what it saves: memory grows with the tokens, arithmetic with their square.
+// Of what is kept from call to call. Beyond it, that would weigh more than what it saves: memory grows with the tokens,
+// arithmetic with their square.
 constexpr int64_t kKeptBytes = 256 << 20;
 
 // An example that shares nothing.
@@ -89,12 +92,12 @@ class Run {
   explicit Run(const Problem& problem)
       : problem_(problem), kernels_(choose_kernels(problem)), threads_(torch::stable::get_num_threads()) {
     const Side& side = problem.student;
-    const int64_t numbers = problem.total_rows * (side.num_heads + side.num_kv_heads) * side.head_dim;
-    input_bytes_ = numbers * element_bytes(side.element);
+    const int64_t numbers = (side.num_heads + side.num_kv_heads) * side.head_dim;
+    input_bytes_ = tokens() * numbers * element_bytes(side.element);
     bytes_ = problem.workspace_bytes + 8 * input_bytes_ - problem.num_head_groups * problem.total_units *
              problem.segments * static_cast<int64_t>(sizeof(T));
     if (problem.needs_grad) {
-      gradient_bytes_ = numbers * element_bytes(problem.gradient_element);
+      gradient_bytes_ = problem.total_rows * numbers * element_bytes(problem.gradient_element);
       bytes_ -= gradient_bytes_;
     }
   }
@@ -120,7 +123,7 @@ class Run {
       const int64_t own_row = first_row, shared_units = problem_.shared_units[index];
       first_row += rows_of(index, shared_units);
       if (shared_units > 0) {
-        shared.push_back({index, own_row, shared_units, bytes_unshared(index)});
+        shared.push_back({index, own_row, shared_units, bytes_allowed(index)});
         continue;
       }
       auto example = std::make_unique<WholeExample>(problem_, index, own_row);
@@ -164,19 +167,38 @@ class Run {
     return offsets[bounds[problem_.segments]] - offsets[bounds[0]] - (problem_.segments - 1) * prefix;
   }
 
-  // What an example with a shared prefix would take if q and k had the prefix once a segment.
-  int64_t bytes_unshared(int64_t index) const {
+  // What an example with a shared prefix may take for its peak to be no higher than if q and k had it once a segment.
+  int64_t bytes_allowed(int64_t index) const {
     WholeExample example(problem_, index, 0);
     example.want_memory(problem_, kernels_);
-    int64_t size = example.memory.size(), strands = 0;
+    const int64_t keys = example.memory.size(), arena = kernels_.arena_bytes(problem_, example.view);
+    int64_t most = 0, blocks = 0, strands = 0, arenas = 0;
+    auto finish = [&] {
+      arenas = std::min(threads_, strands) * arena;
+      most = std::max(most, keys + blocks + arenas);
+    };
     for (int64_t block = 0; block < problem_.num_head_groups * problem_.segments; ++block) {
       const BlockState state(problem_, example, block / problem_.segments, block % problem_.segments);
-      if (strands > 0 && is_full(size + state.bytes(), strands)) break;
-      size += state.bytes();
+      if (strands > 0 && is_full(keys + blocks + state.bytes(), strands)) {
+        finish();
+        blocks = strands = 0;
+      }
+      blocks += state.bytes();
       strands += static_cast<int64_t>(state.strands.size());
     }
-    return size + std::min(threads_, strands) * kernels_.arena_bytes(problem_, example.view);
+    finish();
+    // At its end, or in a backward pass beside multiples and copies of the gradients.
+    const int64_t gradients = gradient_bytes_ / problem_.total_rows * tokens();
+    const int64_t to_keep = std::min(bytes_to_keep() - 2 * (gradients - gradient_bytes_), kKeptBytes);
+    int64_t kept[] = {keys, blocks, arenas}, sum = 0;
+    std::sort(std::begin(kept), std::end(kept), std::greater<int64_t>());
+    for (const int64_t bytes : kept) sum += sum + bytes <= to_keep ? bytes : 0;
+    const int64_t peak = std::max(most + gradients, sum + 2 * gradients + input_bytes_);
+    return peak - 2 * gradient_bytes_ - input_bytes_ / tokens() * problem_.total_rows;
   }
+
+  // Of the student; a shared prefix counts in every segment.
+  int64_t tokens() const { return problem_.student.unit_offsets[problem_.total_units]; }
 
   // The threads' arenas get what the wave's blocks and examples leave. No other example has memory meanwhile.
   void run_wave(std::vector<std::unique_ptr<BlockState>>& wave) {
@@ -257,7 +279,7 @@ class Run {
   const Problem& problem_;
   const Kernels& kernels_;
   const int64_t threads_;
-  int64_t input_bytes_;         // of the student's q and k
+  int64_t input_bytes_;         // of the student's q and k, a shared prefix counted in every segment
   int64_t gradient_bytes_ = 0;  // of their gradients, as the kernel writes them
   int64_t bytes_;               // bound: the workspace and, with what is returned, 8 times the student's q and k
   Losses losses_;

@@ -1,6 +1,7 @@
-// The frobenius factors of an example are known when all of its rows are compared, and a prefix row has a gradient of
-// every block: kept apart by block, gradients would take as many products as without sharing. So they are formed in a
-// second sweep. It reads what the first one kept, and computes again, to the same bits, what memory had no room for.
+// With frobenius, the coefficients of an example's rows are known when all of them are compared, and a prefix row has
+// gradients of every block: kept apart by block, these would take as many products as without sharing. So they are
+// formed in a second sweep, which reads what the first one kept and computes again, to the same bits, what memory had
+// no room for. Elsewhere the coefficients of a chunk's rows are known with their distances, and one sweep does.
 #include "shared_schedule.h"
 
 #include <algorithm>
@@ -132,7 +133,12 @@ class SharedRun {
     int64_t left = std::max(wave[0]->state->bytes_allowed, wave.size() > 1 ? bytes_of_many() : 0);
     left -= memory.allocated_bytes();
     for (const State* example : examples) left -= example->memory.allocated_bytes();
-    const int64_t workers = std::clamp<int64_t>(left / arena_bytes, 1, std::min(threads_, chunks));
+    // A slab has a chunk for every thread.
+    int64_t maps = 0;
+    for (const SharedChunk& chunk : wave[0]->chunks)
+      if (needs_grad_ && wave.size() == 1)
+        maps = std::max(maps, kernels_.shared_map_bytes(problem_, *wave[0]->view.example, chunk));
+    const int64_t workers = std::clamp<int64_t>(left / (arena_bytes + maps), 1, std::min(threads_, chunks));
     arenas_.assign(workers, nullptr);
     for (char*& arena : arenas_) arena_memory.want(arena, arena_bytes);
     arena_memory.allocate();
@@ -142,19 +148,20 @@ class SharedRun {
     kept.allocate();
     Reserve::of_process().release(0);  // what an earlier wave, or call, needed beyond this
 
-    // Elsewhere the coefficients of a chunk's rows are known with their distances.
-    const bool is_apart = !needs_grad_ || problem_.apart();
-    if (is_apart) {
+    const bool two_sweeps = !needs_grad_ || problem_.apart();
+    if (two_sweeps) {
       compare(wave, 0, chunks);
       if (problem_.task == Task::loss) add_losses(wave);
     }
     for (int64_t begin = 0; needs_grad_ && begin < wave[0]->num_chunks(); begin += slab) {
-      for (int64_t i = begin; begin > 0 && i < std::min(begin + slab, wave[0]->num_chunks()); ++i)
+      for (int64_t i = begin; begin > 0 && i < std::min(begin + slab, wave[0]->num_chunks()); ++i) {
         wave[0]->chunks[i].maps = wave[0]->chunks[i - begin].maps;
-      if (begin > 0 || !is_apart) compare(wave, begin, begin + slab);
+        wave[0]->chunks[i].numerators = wave[0]->chunks[i - begin].numerators;
+      }
+      if (begin > 0 || !two_sweeps) compare(wave, begin, begin + slab);
       add_gradients(wave, examples, begin, begin + slab);
     }
-    if (!is_apart && problem_.task == Task::loss) add_losses(wave);
+    if (!two_sweeps && problem_.task == Task::loss) add_losses(wave);
     if (problem_.needs_grad) write_keys(examples);
   }
 
@@ -170,18 +177,24 @@ class SharedRun {
     return most;
   }
 
-  // Maps come first: to compute them again takes both models' scores. Only where all are kept are numerators, too.
+  // In two sweeps maps come first, for to compute them again takes both models' scores, then as many numerators as have
+  // room. In one sweep, or where maps have no room, a slab of chunks goes through at a time.
   int64_t keep(Group& group, int64_t bytes, Parts& kept) const {
     const Example& example = *group.view.example;
-    int64_t total = 0, largest = 0;
+    int64_t all_maps = 0, maps = 0, numerators = 0;
     for (const SharedChunk& chunk : group.chunks) {
       const int64_t own = kernels_.shared_map_bytes(problem_, example, chunk);
-      total += own;
-      largest = std::max(largest, own);
+      all_maps += own;
+      maps = std::max(maps, own);
+      numerators = std::max(numerators, kernels_.shared_numerator_bytes(problem_, example, chunk));
     }
-    if (total > bytes) {
-      const int64_t slab = std::clamp<int64_t>(bytes / largest, 1, group.num_chunks());
-      for (int64_t i = 0; i < slab; ++i) kept.want(group.chunks[i].maps, largest);
+    if (!problem_.apart() || all_maps > bytes) {
+      if (problem_.apart() || maps + numerators > bytes) numerators = 0;
+      const int64_t slab = std::clamp<int64_t>(bytes / (maps + numerators), 1, group.num_chunks());
+      for (int64_t i = 0; i < slab; ++i) {
+        kept.want(group.chunks[i].maps, maps);
+        if (numerators > 0) kept.want(group.chunks[i].numerators, numerators);
+      }
       return slab;
     }
     for (SharedChunk& chunk : group.chunks)

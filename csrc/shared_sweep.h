@@ -1,6 +1,6 @@
-// An example whose segments share a prefix: a prefix row's scores stand for all query segments, a prefix key's for all key
-// segments. Its chunks are compared first; when the coefficients of their rows are known, gradients follow, a head at a
-// time over all chunks.
+// An example whose segments share a prefix: a prefix row's scores stand for all query segments, a prefix key's for all
+// key segments. Its chunks are compared first; when the coefficients of their rows are known, gradients follow, a head
+// at a time over all chunks.
 #pragma once
 
 #include "comparison.h"
@@ -14,18 +14,21 @@ template <class A>
 struct SharedBuffers : RowBuffers<A> {
   using T = typename A::T;
   using Unit = typename A::Unit;
+  using Numerator = typename A::Numerator;
 
-  T* numerators;  // (chunk_rows, columns) of one head
-  T* maps;        // SharedMaps of a chunk that are not kept
-  T* delta;       // (chunk_rows, segments)
-  T* dq;          // (chunk_rows, padded head_dim)
+  T* scores;       // (chunk_rows, columns) of one head, which become numerators in place
+  Numerator* numerators;
+  T* student_map;  // (chunk_rows, unit columns)
+  T* maps;         // SharedMaps of a chunk that are not kept
+  T* delta;        // (chunk_rows, segments)
+  T* dq;           // (chunk_rows, padded head_dim)
   Unit *query_rows, *d_scores;
 
   int64_t place(const Problem& problem, const Example& example, char* base);
 };
 
-// The maps of a chunk: the student's, and one of the teacher's for every query segment that its rows lie in. The first of
-// these becomes d loss / d map, which is spread to tokens behind them where units are merged.
+// The maps of a chunk, one for every query segment that its rows lie in: the teacher's, then d distance / d map. The
+// first of them becomes d loss / d map, which is spread to tokens behind them where units are merged.
 template <class T>
 struct SharedMaps {
   int64_t units, columns, queries, token_columns;  // token_columns: 0 where units are tokens
@@ -34,12 +37,11 @@ struct SharedMaps {
       : units(units), columns(example.units.width), queries(prefix ? problem.segments : 1),
         token_columns(example.student.units_are_tokens ? 0 : example.student.tokens.width) {}
 
-  T* student(T* maps) const { return maps; }
-  T* teacher(T* maps, int64_t query) const { return maps + (1 + query) * units * columns; }
-  T* derivatives(T* maps) const { return teacher(maps, token_columns > 0 ? queries : 0); }
+  T* map(T* maps, int64_t query) const { return maps + query * units * columns; }
+  T* derivatives(T* maps) const { return map(maps, token_columns > 0 ? queries : 0); }
   // The vectors that end a segment's rest may reach beyond a row.
-  T* slack(T* maps) const { return teacher(maps, queries) + units * token_columns; }
-  int64_t size() const { return (1 + queries) * units * columns + units * token_columns + kAlignment; }
+  T* slack(T* maps) const { return map(maps, queries) + units * token_columns; }
+  int64_t size() const { return queries * units * columns + units * token_columns + kAlignment; }
 };
 
 template <class A>
@@ -47,7 +49,9 @@ int64_t SharedBuffers<A>::place(const Problem& problem, const Example& example, 
   const int64_t rows = example.chunk_rows;
   Layout layout{base};
   RowBuffers<A>::place(problem, example, layout);
-  layout.put(numerators, rows * example.student.ranges.width);
+  layout.put(scores, rows * example.student.ranges.width);
+  layout.put(numerators, sizeof(Numerator) == sizeof(T) ? 0 : rows * example.student.ranges.width);
+  layout.put(student_map, rows * example.units.width);
   layout.put(maps, SharedMaps<T>(problem, example, rows, true).size());
   layout.put(delta, rows * problem.segments);
   layout.put(dq, rows * aligned(problem.student.head_dim));
@@ -60,9 +64,11 @@ template <class StudentA, class TeacherA>
 struct SharedSweep {
   using T = typename StudentA::T;
   using Unit = typename StudentA::Unit;
+  using Numerator = typename StudentA::Numerator;
   using V = typename StudentA::V;
   using Vec = typename StudentA::Vec;
   static constexpr int W = StudentA::W;
+  static constexpr bool kRounded = sizeof(Numerator) != sizeof(T);
 
   const Problem& problem;
   const SharedBlock& block;
@@ -85,25 +91,34 @@ struct SharedSweep {
     maps = chunk.maps == nullptr ? buffers.maps : reinterpret_cast<T*>(chunk.maps);
   }
 
-  // Maps and distances of the chunk's rows, and the factors of their softmax.
+  // Distances of the chunk's rows and the factors of their softmax; their maps where they are kept.
   void compare() {
     for (int64_t query = 0; query < layout.queries; ++query)
-      comparison.teacher_map(unit_in(query, chunk.first), unit_in(query, chunk.last), layout.teacher(maps, query));
-    T* student = layout.student(maps);
+      comparison.teacher_map(unit_in(query, chunk.first), unit_in(query, chunk.last), layout.map(maps, query));
+    T* student = buffers.student_map;
     clear(student, layout.units * layout.columns);
     for_pieces([&](const Rows& rows, int64_t done) {
       clear(buffers.mean, rows.count * tokens.width + kAlignment);
       for (int64_t head = 0; head < heads; ++head) {
-        T* scores = numerators_row(head, done);
+        Numerator* kept = kept_numerators(head, done);
+        T* scores = kRounded || kept == nullptr ? buffers.scores : reinterpret_cast<T*>(kept);
         find_scores(rows, head, scores);
         Maps<StudentA>::softmax_of_shared(rows, scores, factors_row(rows, head), buffers.mean);
+        if (kRounded && kept != nullptr) round(rows, scores, kept);
       }
       Maps<StudentA>::merge(rows, example.units, chunk.first, buffers.mean, student);
     });
     Maps<StudentA>::average(problem.student, heads, chunk.first, layout.units, layout.columns, student);
-    for (int64_t query = 0; query < layout.queries; ++query)
-      comparison.distances(
-          unit_in(query, chunk.first), unit_in(query, chunk.last), student, layout.teacher(maps, query));
+    for (int64_t query = 0; query < layout.queries; ++query) {
+      T* map = layout.map(maps, query);
+      comparison.distances(unit_in(query, chunk.first), unit_in(query, chunk.last), student, map);
+      if (chunk.maps == nullptr) continue;
+      for (int64_t row = 0; row < layout.units; ++row)
+        for (int64_t y = 0; y < segments; ++y) {
+          const int64_t at = row * layout.columns + example.units.column[y];
+          comparison.map_gradient(y, 1, student + at, map + at, map + at);
+        }
+    }
   }
 
   // d loss / d map of the chunk's rows, summed over their query segments, by tokens; its maps must be kept.
@@ -112,15 +127,16 @@ struct SharedSweep {
     for (int64_t row = 0; row < layout.units; ++row)
       for (int64_t y = 0; y < segments; ++y) {
         const int64_t at = row * layout.columns + units.column[y];
-        T* out = layout.teacher(maps, 0) + at;
+        T* out = layout.map(maps, 0) + at;
         for (int64_t query = 0; query < layout.queries; ++query) {
           const int64_t x = segment_of(query), unit = unit_in(query, chunk.first + row);
-          const T coefficient = comparison.coefficient(unit, x, y, block.total_weights[x]) *
-                                static_cast<T>(block.factors[x * segments + y]);
-          const T* student = layout.student(maps) + at;
-          const T* teacher = layout.teacher(maps, query) + at;
-          if (query == 0) comparison.template derivative<false>(unit, y, coefficient, student, teacher, out);
-          else comparison.template derivative<true>(unit, y, coefficient, student, teacher, out);
+          const T factor = comparison.coefficient(unit, x, y, block.total_weights[x]) *
+                           static_cast<T>(block.factors[x * segments + y]) / comparison.averaged_entries(unit);
+          const T* map = layout.map(maps, query) + at;
+          for (int64_t b = 0; b < units.column[y + 1] - units.column[y]; b += W) {
+            const Vec own = V::load(map + b) * V::broadcast(factor);
+            V::store(out + b, query == 0 ? own : V::load(out + b) + own);
+          }
         }
         if (layout.token_columns > 0)
           comparison.spread(y, out, layout.derivatives(maps) + row * layout.token_columns + tokens.column[y]);
@@ -139,10 +155,12 @@ struct SharedSweep {
       for (int64_t head = 0; head < heads; ++head) {
         if ((group_head + head) / sharing != kv_head) continue;
         const T* factors = factors_row(rows, head);
-        T* numerators = numerators_row(head, done);
-        if (chunk.numerators == nullptr) {
-          find_scores(rows, head, numerators);
-          Maps<StudentA>::numerators_of_shared(rows, numerators, factors);
+        const Numerator* numerators = kept_numerators(head, done);
+        if (numerators == nullptr) {
+          find_scores(rows, head, buffers.scores);
+          Maps<StudentA>::numerators_of_shared(rows, buffers.scores, factors);
+          if (kRounded) round(rows, buffers.scores, buffers.numerators);
+          numerators = kRounded ? buffers.numerators : reinterpret_cast<const Numerator*>(buffers.scores);
         }
         Packing<StudentA>::natural_rows(
             side, side.q, side.num_heads, group_head + head, query_row(rows), rows.count, buffers.query_rows);
@@ -194,12 +212,17 @@ struct SharedSweep {
     return ranges.first[chunk.range] + rows.first - tokens.first[segment_of(0)] - before;
   }
 
-  // Kept for all heads and rows of the chunk, or one head's piece.
-  T* numerators_row(int64_t head, int64_t row) const {
-    if (chunk.numerators == nullptr) return buffers.numerators;
+  // From a row of the chunk on; null where they are computed again.
+  Numerator* kept_numerators(int64_t head, int64_t row) const {
+    if (chunk.numerators == nullptr) return nullptr;
     const int64_t* offsets = problem.student.unit_offsets;
     const int64_t rows = offsets[chunk.last] - offsets[chunk.first];
-    return reinterpret_cast<T*>(chunk.numerators) + (head * rows + row) * ranges.width;
+    return reinterpret_cast<Numerator*>(chunk.numerators) + (head * rows + row) * ranges.width;
+  }
+
+  void round(const Rows& rows, const T* numerators, Numerator* out) const {
+    for (int64_t j = 0; j < rows.count * ranges.width; j += W)
+      StudentA::store_numerators(out + j, V::load(numerators + j));
   }
 
   // Of Maps::softmax_of_shared: (heads, rows of the example, ...).
@@ -223,69 +246,78 @@ struct SharedSweep {
     return layout.derivatives(maps) + (unit - chunk.first) * tokens.width;
   }
 
-  // delta = sum over a softmax's support of P dP, for every key segment.
-  void find_deltas(const Rows& rows, const T* numerators, const T* factors) {
+  // delta = sum over a softmax's support of P dP, for every key segment; divided by that of P, which rounded numerators
+  // take away from 1.
+  void find_deltas(const Rows& rows, const Numerator* numerators, const T* factors) {
     int64_t unit = chunk.first;
     for (int64_t i = 0; i < rows.count; ++i) {
       while (problem.student.unit_offsets[unit + 1] <= rows.first + i) ++unit;
-      const T* n = numerators + i * ranges.width;
+      const Numerator* n = numerators + i * ranges.width;
       const T* of_prefix = factors + i * Maps<StudentA>::factors_of_row(segments) + 1 + segments;
       const T* of_rest = of_prefix + segments;
-      const T* dp = derivatives_row(unit);
       T* delta = buffers.delta + i * segments;
-      T total = 0;
+      Sums all{};
       for (int64_t y = 0; y < segments; ++y) {
-        const T* own = dp + tokens.column[y];
-        delta[y] = inner(n, own, ranges.column[1]) * of_prefix[y] +
-                   inner(n + ranges.column[1 + y], own + ranges.count[0], ranges.column[2 + y] - ranges.column[1 + y]) *
-                       of_rest[y];
-        total += delta[y];
+        const T* dp = derivatives_row(unit) + tokens.column[y];
+        Sums own{};
+        add_sums(n, dp, ranges.column[1], of_prefix[y], own);
+        add_sums(
+            n + ranges.column[1 + y], dp + ranges.count[0], ranges.column[2 + y] - ranges.column[1 + y], of_rest[y],
+            own);
+        delta[y] = kRounded ? own.derivatives / own.probabilities : own.derivatives;
+        all.derivatives += own.derivatives;
+        all.probabilities += own.probabilities;
       }
-      if (problem.joint)
-        for (int64_t y = 0; y < segments; ++y) delta[y] = total;
+      for (int64_t y = 0; problem.joint && y < segments; ++y)
+        delta[y] = kRounded ? all.derivatives / all.probabilities : all.derivatives;
     }
   }
 
-  static T inner(const T* a, const T* b, int64_t count) {
-    Vec sum = {};
-    for (int64_t j = 0; j < count; j += W) sum += V::load(a + j) * V::load(b + j);
-    return V::sum(sum);
+  struct Sums {
+    T derivatives, probabilities;  // of P dP and, where numerators are rounded, P
+  };
+
+  static void add_sums(const Numerator* numerators, const T* derivatives, int64_t count, T factor, Sums& sums) {
+    Vec products = {}, own = {};
+    for (int64_t j = 0; j < count; j += W) {
+      const Vec n = StudentA::load_numerators(numerators + j);
+      products += n * V::load(derivatives + j);
+      if (kRounded) own += n;
+    }
+    sums.derivatives += V::sum(products) * factor;
+    if (kRounded) sums.probabilities += V::sum(own) * factor;
   }
 
-  // A prefix key has part in every key segment's map.
-  struct PrefixRow {
-    const T *numerators, *derivatives, *factors, *delta;
+  // A key has part in so many segments' maps: in all where it belongs to the prefix.
+  struct Row {
+    const Numerator* numerators;
+    const T *derivatives, *factors, *delta;
     const int64_t* column;
-    int64_t segments;
+    int64_t maps;
 
     IDRM_INLINE Vec at(int64_t j) const {
-      Vec sum = V::broadcast(factors[0]) * (V::load(derivatives + column[0] + j) - V::broadcast(delta[0]));
-      for (int64_t y = 1; y < segments; ++y)
+      Vec sum = V::broadcast(factors[0]) * (V::load(derivatives + j) - V::broadcast(delta[0]));
+      for (int64_t y = 1; y < maps; ++y)
         sum += V::broadcast(factors[y]) * (V::load(derivatives + column[y] + j) - V::broadcast(delta[y]));
-      return V::load(numerators + j) * sum;
+      return StudentA::load_numerators(numerators + j) * sum;
     }
   };
 
   void find_score_gradients(
-      const Rows& rows, int64_t z, int64_t column, int64_t width, const T* numerators, const T* factors) {
-    using Gradients = ScoreGradients<StudentA>;
+      const Rows& rows, int64_t z, int64_t column, int64_t width, const Numerator* numerators, const T* factors) {
+    const int64_t y = z == 0 ? 0 : z - 1, before = z == 0 ? 0 : tokens.column[y] + ranges.count[0];
+    const int64_t own_factors = 1 + segments + (z == 0 ? 0 : segments + y), place = before + column - ranges.column[z];
     int64_t unit = chunk.first;
-    auto derivatives = [&](int64_t i) {
-      while (problem.student.unit_offsets[unit + 1] <= rows.first + i) ++unit;
-      return derivatives_row(unit);
-    };
-    auto own_factors = [&](int64_t i) { return factors + i * Maps<StudentA>::factors_of_row(segments) + 1 + segments; };
-    const int64_t y = z - 1, place = z == 0 ? 0 : tokens.column[y] + ranges.count[0] + column - ranges.column[z];
-    auto prefix_row_at = [&](int64_t i) {
-      return PrefixRow{numerators + i * ranges.width + column, derivatives(i) + column, own_factors(i),
-                       buffers.delta + i * segments, tokens.column, segments};
-    };
     auto row_at = [&](int64_t i) {
-      return typename Gradients::Row{numerators + i * ranges.width + column, derivatives(i) + place,
-                                     own_factors(i)[segments + y], buffers.delta[i * segments + y]};
+      while (problem.student.unit_offsets[unit + 1] <= rows.first + i) ++unit;
+      return Row{numerators + i * ranges.width + column,
+                 derivatives_row(unit) + place,
+                 factors + i * Maps<StudentA>::factors_of_row(segments) + own_factors,
+                 buffers.delta + i * segments + y,
+                 tokens.column,
+                 z == 0 ? segments : 1};
     };
-    if (z == 0) Gradients::write(buffers.d_scores, rows.count, width, prefix_row_at);
-    else Gradients::write(buffers.d_scores, rows.count, width, row_at);
+    ScoreGradients<StudentA>::write(buffers.d_scores, rows.count, width, row_at);
   }
 
   void write_queries(const Rows& rows, int64_t head) {

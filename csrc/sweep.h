@@ -127,8 +127,9 @@ struct Sweep {
         T* s = buffers.student_map + at;
         T* out = buffers.derivatives + (a - first) * columns + example.student.tokens.column[y];
         T* by_unit = example.student.units_are_tokens ? out : s;
-        const T coefficient = comparison.coefficient(a, block.x, y, block.total_weight);
-        comparison.template derivative<false>(a, y, coefficient, s, buffers.teacher_map + at, by_unit);
+        const T factor =
+            comparison.coefficient(a, block.x, y, block.total_weight) / comparison.averaged_entries(a);
+        comparison.map_gradient(y, factor, s, buffers.teacher_map + at, by_unit);
         if (!example.student.units_are_tokens) comparison.spread(y, by_unit, out);
       }
   }

@@ -20,7 +20,8 @@ from idrm_kernels import (
     attention_map_loss,
     available_implementations,
 )
-from idrm_kernels.testing.cases import Case, make_problem
+from idrm_kernels.testing.cases import Case, error_bound, make_problem
+from idrm_kernels.testing.comparison import implementation_outputs
 from idrm_kernels.testing.memory import peak_bytes, release_kept_memory
 
 REPOSITORY = Path(__file__).parents[2]
@@ -43,6 +44,19 @@ RAGGED = {
     "causal": Case(lengths=((301,), (0,), (64,)), causal=True, reduction="row_sq", dtype=torch.bfloat16, head_dim=40),
     "stored": Case(lengths=((129, 257),) * 3, teacher="stored", dtype=torch.bfloat16, inter_weight=0.0),
     "float64": Case(lengths=((129, 300), (3, 1)), dtype=torch.float64),
+    "shared": Case(lengths=((600, 640), (7, 9), (70, 300)), shared=(400, 0, 64), head_dim=16, num_kv_heads=1),
+    "shared-joint": Case(
+        lengths=((300, 160, 290),), shared=(150,), normalization="joint", metric="kl", merged=True, weighted=True
+    ),
+    "shared-groups": Case(
+        lengths=((200, 260), (190, 220)), shared=(180, 60), num_heads=6, teacher_heads=3, num_head_groups=3, bias="both"
+    ),
+}
+# Whose numerators, or maps of all heads, a thread's memory has no room for and that of many has.
+LARGE_SHARED = {
+    "numerators": Case(lengths=((500, 520),), shared=(300,), num_heads=16, num_kv_heads=16, head_dim=16),
+    "one-sweep": Case(lengths=((500, 520),), shared=(300,), num_heads=16, num_kv_heads=16, reduction="row"),
+    "maps": Case(lengths=((1500, 1400),), shared=(1200,), num_heads=1, num_kv_heads=1, teacher_heads=1),
 }
 
 
@@ -81,6 +95,73 @@ def test_threads_and_workspace_change_no_bit(name, threads):
         threads(count)
         again = gradients(RAGGED[name], workspace_bytes=workspace_bytes)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), (count, workspace_bytes)
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LARGE_SHARED)
+def test_what_is_kept_of_a_shared_prefix_changes_no_bit(name, dtype, threads):
+    case = dataclasses.replace(LARGE_SHARED[name], dtype=dtype, teacher="stored")
+    threads(1)
+    first = gradients(case, workspace_bytes=0)
+    threads(16)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(case), strict=True))
+
+
+@built
+def test_examples_with_and_without_a_shared_prefix_change_no_bit_of_another():
+    case = Case(lengths=((40, 60), (170, 200), (9, 150), (30, 30)), shared=(0, 160, 5, 0), head_dim=16)
+    problem, q, k = make_problem(case).leaves()
+    layout, teacher = problem.layout, problem.teacher
+    together = attention_map_distance(problem.student, teacher, layout, impl="cpp")
+    of_all = torch.autograd.grad(together.sum(), (q, k))
+    row = first = 0
+    for lengths, shared in zip(case.lengths, case.shared, strict=True):
+        units, rows = slice(first, first + sum(lengths)), slice(row, row + sum(lengths) - shared)
+        q, k = (side.detach()[rows].requires_grad_() for side in (problem.student.q, problem.student.k))
+        alone = attention_map_distance(
+            PackedAttention(q, k),
+            PackedAttention(teacher.q[units], teacher.k[units]),
+            MapLayout.build([0, lengths[0], sum(lengths)], shared_prefix_lens=[shared]),
+            impl="cpp",
+        )
+        assert torch.equal(alone, together[:, units])
+        for own, every in zip(torch.autograd.grad(alone.sum(), (q, k)), of_all, strict=True):
+            assert torch.equal(own, every[rows])
+        first, row = units.stop, rows.stop
+
+
+@built
+@pytest.mark.parametrize("metric", ["l2", "kl"])
+@pytest.mark.parametrize("normalization", ["block", "joint"])
+def test_a_shared_prefix_beside_far_larger_scores(normalization, metric):
+    """Its probabilities in one segment have all their digits where another segment's rest has all the attention."""
+    case = Case(lengths=((40, 50),), shared=(30,), head_dim=16, metric=metric, normalization=normalization)
+    problem = make_problem(case)
+    k = problem.student.k.clone()
+    k[30:40] *= 40  # the rest of segment 0
+    problem = dataclasses.replace(problem, student=dataclasses.replace(problem.student, k=k))
+    exact = implementation_outputs(problem.to(torch.float64), case, "reference")
+    plain = implementation_outputs(problem, case, "reference")
+    for output, value in implementation_outputs(problem, case, "cpp").items():
+        bound = error_bound(plain[output], exact[output], torch.finfo(torch.float32).eps)
+        assert (value.double() - exact[output]).abs().max() <= bound, output
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [(512, 512), (2048, 64)], ids=str)
+def test_a_shared_prefix_takes_no_more_memory_than_a_repeated_one(lengths, dtype, threads):
+    threads(2)
+    case = Case(lengths=(lengths,), shared=(min(lengths) // 2,), num_heads=8, num_kv_heads=8, head_dim=64, dtype=dtype)
+
+    def peak(problem):
+        problem, *_ = problem.leaves()
+        sides = (problem.student, problem.teacher, problem.layout)
+        return peak_bytes(lambda: attention_map_loss(*sides, impl="cpp").loss.backward())
+
+    problem = make_problem(case)
+    assert peak(problem) <= peak(problem.repeated())
 
 
 @built
@@ -167,7 +248,12 @@ except RuntimeError as error:
     raise SystemExit
 case = Case(lengths=((127, 64), (1, 193)), head_dim=40, teacher_head_dim=24, bias="both", merged=True)
 for dtype in (torch.float32, torch.bfloat16):
-    for options in ({}, {"normalization": "joint", "metric": "kl", "reduction": "row_sq"}, {"peak": 12.0}):
+    for options in (
+        {},
+        {"normalization": "joint", "metric": "kl", "reduction": "row_sq"},
+        {"peak": 12.0},
+        {"shared": (60, 1), "peak": 12.0},
+    ):
         check_errors(dataclasses.replace(case, dtype=dtype, **options), "cpp", torch.device("cpu"))
 """
     assert run_python(program, IDRM_KERNELS_CPU_CAPABILITY=capability).stdout.split()[-1] in (capability, "none")
