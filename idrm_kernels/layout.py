@@ -284,8 +284,6 @@ def _shared_prefixes(
     lengths = integers(name, lengths)
     if len(lengths) != num_examples:
         raise ValueError(f"{name}: expected {num_examples} entries, one an example, got {len(lengths)}")
-    if segments == 1:
-        lengths = torch.zeros_like(lengths)  # a segment alone has everything once
     starts = cu_seqlens[:-1].view(-1, segments)
     for example, length in enumerate(lengths.tolist()):
         if length == 0:
@@ -314,8 +312,9 @@ def _shared_prefixes(
                     f"{end[:8].tolist()} tokens"
                 )
         shared_units[example] = len(ends[0])
-    if not lengths.any():
-        return shared_units, None
+    # A segment alone has everything once.
+    if segments == 1 or not lengths.any():
+        return torch.zeros_like(shared_units), None
     segment_of_token = torch.repeat_interleave(cu_seqlens.diff())
     place = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[segment_of_token]
     rest = cu_seqlens.diff() - lengths.repeat_interleave(segments)

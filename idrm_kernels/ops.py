@@ -32,31 +32,6 @@ else:
     IMPLEMENTATIONS["cpp"] = cpp
 
 
-# Those that score a prefix that segments share once; the others are given it once a segment.
-TAKES_SHARED_PREFIXES = {"reference", "torch", "cpp", "triton"}
-
-
-class Repeating:
-    """An implementation that is given shared prefixes once a segment."""
-
-    def __init__(self, module: ModuleType):
-        self.module = module
-
-    def distance(self, problem: MapProblem) -> Tensor:
-        """Row distances."""
-        return self.module.distance(problem.unshared())
-
-    def distance_backward(self, coefficients: Tensor, problem: MapProblem) -> tuple[Tensor, Tensor]:
-        """dq and dk for the incoming gradient of the row distances."""
-        return problem.summed_over_segments(*self.module.distance_backward(coefficients, problem.unshared()))
-
-    def loss(self, problem: MapProblem, options: LossOptions) -> LossOutput:
-        """The loss and, where asked for, its gradients."""
-        output = self.module.loss(problem.unshared(), options)
-        dq, dk = problem.summed_over_segments(output.dq, output.dk)
-        return output._replace(dq=dq, dk=dk)
-
-
 class Ops(NamedTuple):
     """The forward ops of one implementation, bound once."""
 
@@ -177,9 +152,6 @@ def _register_loss(name: str, module: ModuleType) -> Callable:
 
 
 OPS = {
-    name: Ops(_register_distance(name, implementation), _register_loss(name, implementation))
-    for name, implementation in (
-        (name, module if name in TAKES_SHARED_PREFIXES else Repeating(module))
-        for name, module in IMPLEMENTATIONS.items()
-    )
+    name: Ops(_register_distance(name, module), _register_loss(name, module))
+    for name, module in IMPLEMENTATIONS.items()
 }

@@ -129,6 +129,8 @@ def _scoring(arguments: Namespace) -> Scoring:
         raise InputError("--beta: is for DPO policies; give --implicit_reward and their reference")
     if arguments.share_prompt == "on" and is_implicit:
         raise InputError("--share_prompt on: a policy reads every sequence by itself; it is for reward models")
+    if arguments.share_prompt == "on" and arguments.batch_size == 1:
+        raise InputError("--share_prompt on: with --batch_size 1 every sequence is read by itself")
     beta = DEFAULT_BETA if arguments.beta is None else arguments.beta
     if not 0 < beta < float("inf"):
         raise InputError(f"--beta: expected a positive number, got {beta}")

@@ -28,6 +28,7 @@ from idrm.evaluation.implicit_reward import (
 from idrm.evaluation.outcomes import Outcome, Outcomes
 from idrm.evaluation.reading import load_config, load_tokenizer, readable_length, torch_dtype_of
 from idrm.evaluation.reward_model import RewardModel, load_reward_model, require_reward_model
+from idrm.shared_prompts import packed_attention_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,11 @@ def require_scorable(name: str, scoring: Scoring) -> None:
             require_policy(checked, trust_remote_code=trust)
         else:
             require_reward_model(checked, trust_remote_code=trust)
-        readable_length(load_config(checked, trust), scoring.max_length)
+        length = readable_length(load_config(checked, trust), scoring.max_length)
+        if scoring.share_prompt == "on":
+            refusal = packed_attention_refusal(load_config(checked, trust), scoring.attn_implementation, length)
+            if refusal is not None:
+                raise InputError(f"--share_prompt on: {checked}: {refusal}")
         load_tokenizer(checked, trust)
         _require_weights(checked)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,8 @@ from idrm.evaluation.batching import DEFAULT_BATCH_SIZE, score_in_batches
 from idrm.evaluation.neighbours import Neighbours, neighbours
 from idrm.evaluation.reading import MessageReader, load_config, load_tokenizer, load_whole, readable_length
 from idrm.shared_prompts import pack_pairs, packed_attention_refusal, read_packed_pairs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,20 @@ class RewardModel:
             "description": description,
             "show_progress": show_progress,
         }
-        if not self.reads_packed_pairs or batch_size == 1:
-            return score_in_batches(read, self._score, batch_size=batch_size, **options)
-        pairs = neighbours(read)
+        pairs = neighbours(read, tokens_per_batch) if self.reads_packed_pairs and batch_size > 1 else []
         rewards: dict[tuple[int, ...], float] = {}
-        scores = score_in_batches(pairs, self._score_packed, batch_size=batch_size // 2, **options)
-        for pair, both in zip(pairs, scores, strict=True):
-            rewards |= zip(pair.sequences, both, strict=False)
+        if pairs:
+            scores = score_in_batches(pairs, self._score_packed, batch_size=batch_size // 2, **options)
+            for pair, (first, second) in zip(pairs, scores, strict=True):
+                rewards |= {pair.first: first, pair.second: second}
+        alone = [ids for ids in read if ids not in rewards]
+        rewards |= zip(alone, score_in_batches(alone, self._score, batch_size=batch_size, **options), strict=True)
         return [rewards[ids] for ids in read]
 
     @torch.inference_mode()
     def _score_packed(self, batch: list[Neighbours]) -> Tensor:
-        """(pairs, 2); twice the same where a sequence is alone."""
-        packed = pack_pairs([pair.sequences[0] for pair in batch], [pair.sequences[-1] for pair in batch])
+        """(pairs, 2)."""
+        packed = pack_pairs([pair.first for pair in batch], [pair.second for pair in batch])
         logits = self.model(packed_pairs=packed.to(self.model.device)).logits
         return self._checked(logits.view(2, -1).T)
 
@@ -181,6 +185,8 @@ def _let_share(model: PreTrainedModel, length: int, *, is_required: bool) -> boo
             refusal = str(error)
     if refusal is not None and is_required:
         raise InputError(f"--share_prompt on: {model.name_or_path}: {refusal}")
+    if refusal is not None:
+        logger.info("%s: what sequences begin with in common is read in each: %s.", model.name_or_path, refusal)
     return refusal is None
 
 

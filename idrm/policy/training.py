@@ -185,6 +185,8 @@ def _trainer(
                 dtype=config.reward_model.reward_dtype,
                 device=args.device,
                 max_length=config.reward_model.reward_max_length,
+                # TRL's PPO calls the model itself.
+                share_prompt="off" if config.action == "ppo" else "auto",
                 trust_remote_code=config.training["trust_remote_code"],
             )
 

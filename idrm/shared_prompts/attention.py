@@ -34,6 +34,8 @@ MODEL_TYPES = (
 )
 FLASH_IMPLEMENTATIONS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 IMPLEMENTATIONS = ("eager", "sdpa", *FLASH_IMPLEMENTATIONS)
+# In the names of the hub's kernels that transformers takes in their place where they are not installed.
+FLASH_KERNEL = "flash-attn"
 
 
 def packed_attention_refusal(config: PreTrainedConfig, implementation: str | None, longest: int) -> str | None:
@@ -47,15 +49,20 @@ def packed_attention_refusal(config: PreTrainedConfig, implementation: str | Non
     text = config.get_text_config()
     if text.model_type not in MODEL_TYPES:
         return f"{text.model_type} is none of the models that it was tried with ({', '.join(MODEL_TYPES)})"
-    if (implementation or "sdpa") not in IMPLEMENTATIONS:
+    if not is_flash_attention(implementation) and (implementation or "sdpa") not in IMPLEMENTATIONS:
         return f"--attn_implementation {implementation} has no such attention; {', '.join(IMPLEMENTATIONS)} have"
-    if implementation in FLASH_IMPLEMENTATIONS and flash_attn_supports_top_left_mask():
+    if is_flash_attention(implementation) and flash_attn_supports_top_left_mask():
         return f"this device's {implementation} aligns causal masks at the beginning"
     window = getattr(text, "sliding_window", None)
     slides = getattr(text, "use_sliding_window", window is not None)
     if slides and window is not None and window < longest:
         return f"its attention slides over {window} tokens, less than --max_length {longest}"
     return None
+
+
+def is_flash_attention(implementation: str | None) -> bool:
+    """Whether it takes sequences of different lengths in one call."""
+    return implementation is not None and (implementation in FLASH_IMPLEMENTATIONS or FLASH_KERNEL in implementation)
 
 
 def read_packed_pairs(model: PreTrainedModel) -> None:
@@ -65,19 +72,22 @@ def read_packed_pairs(model: PreTrainedModel) -> None:
     `packed.sequence_ends`.
 
     Raises:
-        InputError: its reward head is not one linear layer over its decoder's states.
+        InputError: its reward head is not one linear layer over its decoder's states, or its class is not
+            transformers' own, and may compute something else of them.
     """
     try:
         head_name(model)
     except InputError as error:
         raise InputError(f"{type(model).__name__} has no plain reward head") from error
+    if not type(model).__module__.startswith("transformers.models."):
+        raise InputError(f"{type(model).__name__} is not a class of transformers, and may compute rewards its own way")
     wrap_attention_functions(Order.PACKED_PAIRS, _of_pairs)
-    original = model.forward
+    original = model.forward.__func__  # not bound, so that a copy of the model has its own
 
     @functools.wraps(original)
     def forward(self: PreTrainedModel, *args: Any, packed_pairs: PackedPairs | None = None, **kwargs: Any) -> Any:
         if packed_pairs is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         states = self.base_model(
             input_ids=packed_pairs.input_ids,
             position_ids=packed_pairs.position_ids,
@@ -108,7 +118,7 @@ def _of_pairs(attention_function: Callable) -> Callable:
     ) -> tuple[Tensor, Tensor | None]:
         if packed_pairs is None:
             return attention_function(module, query, key, value, attention_mask, *args, **kwargs)
-        if module.config._attn_implementation in FLASH_IMPLEMENTATIONS:
+        if is_flash_attention(module.config._attn_implementation):
             lengths = packed_pairs.variable_lengths
             query, key, value = (
                 tensor.index_select(2, tokens)

@@ -104,13 +104,20 @@ class MapProblem:
         )
 
     def summed_over_segments(self, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of this problem's q and k from those of ``unshared``'s; deterministic on any device."""
-        if self.device_token_index is None or not len(dq):
+        """Gradients of this problem's q and k from those of ``unshared``'s, in the same dtype.
+
+        One segment of all examples after the other, none of which has a row twice: in one order on any device.
+        """
+        if self.token_index is None or not len(dq):
             return dq, dk
-        sums = self.zero_gradients(dq.dtype)
-        for total, parts in zip(sums, (dq, dk), strict=True):
-            total.index_put_((self.device_token_index,), parts, accumulate=True)
-        return sums
+        sums = self.zero_gradients(self.dtype)
+        segment = torch.repeat_interleave(self.unit_offsets[self.cu_units].diff()) % self.segments
+        for x in range(self.segments):
+            tokens = (segment == x).nonzero()[:, 0]
+            rows, tokens = self.token_index[tokens].to(dq.device), tokens.to(dq.device)
+            for total, parts in zip(sums, (dq, dk), strict=True):
+                total.index_add_(0, rows, parts[tokens].to(total.dtype))
+        return tuple(total.to(dq.dtype) for total in sums)
 
     @property
     def num_examples(self) -> int:

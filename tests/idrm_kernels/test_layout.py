@@ -140,6 +140,7 @@ def test_moves_between_devices():
             r"shared_prefix_lens: expected a length in \[0, 1\], .* of example 1, got 2",
         ),
         ([[0, 3, 4]], {"shared_prefix_lens": [-1]}, ValueError, "shared_prefix_lens: expected a length in"),
+        ([[0, 3]], {"segments": 1, "shared_prefix_lens": [4]}, ValueError, "shared_prefix_lens: expected a length in"),
         (
             [[0, 2, 4]],
             {"shared_prefix_lens": [1], "unit_of_token": [0, 1, 2, 2], "teacher_unit_of_token": [0, 1, 2, 2]},

@@ -203,6 +203,19 @@ def test_repeats_bit_for_bit_whatever_the_workspace(case, impl, device):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), workspace_bytes
 
 
+def test_a_prefix_of_three_segments_repeats_bit_for_bit_on_several_threads(exact_impl):
+    """Large enough for torch to share sums out among threads."""
+    case = Case(lengths=((600, 601, 602),), shared=(599,), num_heads=2, num_kv_heads=2, head_dim=64, reduction="row_sq")
+    problem = make_problem(case)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = (values_and_gradients(problem, case, impl=exact_impl) for _ in range(2))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("case", BITWISE_CASES, ids=["merged", "joint", "bias", "shared"])
 def test_other_examples_change_no_bit(case, impl, device):
     """The example alone, and as the second of a batch at an odd offset: equal distances; equal gradients of them."""

@@ -93,33 +93,34 @@ def test_common_beginnings_are_read_once(student_path, sequences):
     )
     rewards = model.rewards(sequences, show_progress=False)
     distinct = set(map(tuple, sequences))
-    assert sum(read) == sum(map(len, neighbours(distinct))) < 0.8 * sum(map(len, distinct))
+    pairs = neighbours(distinct)
+    assert 2 * len(pairs) == len(distinct)
+    assert sum(read) == sum(map(len, pairs)) < 0.8 * sum(map(len, distinct))
     apart = load_reward_model(str(student_path), device="cpu", share_prompt="off")
     assert not apart.reads_packed_pairs
     assert rewards == pytest.approx(apart.rewards(sequences, show_progress=False), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("sequences", "expected"),
+    ("sequences", "most_tokens", "expected"),
     [
-        pytest.param([(1, 2, 3), (7,), (1, 2, 4)], [([(1, 2, 3), (1, 2, 4)], 2), ([(7,)], 0)], id="a pair and another"),
-        pytest.param(
-            [(1, 2), (1, 2, 3), (1, 2)], [([(1, 2), (1, 2, 3)], 2)], id="one begins the other, which is twice"
-        ),
+        pytest.param([(1, 2, 3), (7,), (1, 2, 4)], None, [((1, 2, 3), (1, 2, 4), 2)], id="a pair and another"),
+        pytest.param([(1, 2), (1, 2, 3), (1, 2)], None, [((1, 2), (1, 2, 3), 2)], id="one begins the other"),
         pytest.param(
             [(1, 5), (1, 6, 7), (1, 6, 8), (2,)],
-            [([(1, 5)], 0), ([(1, 6, 7), (1, 6, 8)], 2), ([(2,)], 0)],
+            None,
+            [((1, 6, 7), (1, 6, 8), 2)],
             id="the next has more in common with the one after",
         ),
-        pytest.param([], [], id="none"),
+        pytest.param([(1, 2, 3), (1, 2, 4)], 4, [((1, 2, 3), (1, 2, 4), 2)], id="no more than the most tokens"),
+        pytest.param([(1, 2, 3), (1, 2, 4)], 3, [], id="too many together"),
+        pytest.param([], None, [], id="none"),
     ],
 )
-def test_neighbours(sequences, expected):
-    found = neighbours(sequences)
-    assert [(list(pair.sequences), pair.shared) for pair in found] == expected
-    assert [len(pair) for pair in found] == [
-        len(pair.sequences[0]) + sum(len(other) - pair.shared for other in pair.sequences[1:]) for pair in found
-    ]
+def test_neighbours(sequences, most_tokens, expected):
+    found = neighbours(sequences, most_tokens)
+    assert [(pair.first, pair.second, pair.shared) for pair in found] == expected
+    assert [len(pair) for pair in found] == [len({*first, *second}) for first, second, _ in expected]
 
 
 def test_a_model_that_cannot_share_is_refused_when_it_must(save_encoder):

@@ -1,12 +1,13 @@
 """Packed rewards and gradients against those of ordinary rows, for every family; no token sees what it must not."""
 
+import copy
 import functools
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers import modeling_flash_attention_utils as flash
 from transformers.utils import is_flash_attn_2_available
 
@@ -143,6 +144,7 @@ def test_which_models_are_refused():
     config = LlamaConfig()
     assert packed_attention_refusal(config, None, 4096) is None
     assert packed_attention_refusal(config, "flash_attention_2", 4096) is None
+    assert packed_attention_refusal(config, "kernels-community/flash-attn2", 4096) is None
     assert "flex_attention has no such attention; eager, sdpa" in packed_attention_refusal(config, "flex_attention", 64)
     config.model_type = "mamba"
     assert packed_attention_refusal(config, None, 64).startswith("mamba is none of the models that it was tried with")
@@ -153,6 +155,28 @@ def test_which_models_are_refused():
     # Qwen2 has a window that it does not use.
     config.use_sliding_window = False
     assert packed_attention_refusal(config, None, 4096) is None
+
+
+class Sigmoid(LlamaForSequenceClassification):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.sigmoid()
+        return output
+
+
+def test_a_model_with_a_forward_pass_of_its_own_is_refused(decoder):
+    with pytest.raises(InputError, match="Sigmoid is not a class of transformers, and may compute rewards its own way"):
+        read_packed_pairs(Sigmoid(decoder("llama").config))
+
+
+def test_a_copy_reads_by_its_own_weights(decoder, pairs):
+    model = decoder("llama")
+    read_packed_pairs(model)
+    copied = copy.deepcopy(model)
+    torch.nn.init.zeros_(copied.score.weight)
+    assert not padded_rewards(copied, *pairs).any()
+    assert not copied(packed_pairs=pack_pairs(*pairs)).logits.any()
+    assert padded_rewards(model, *pairs).all()
 
 
 def test_a_model_without_a_plain_head_is_refused(decoder):
