@@ -12,7 +12,7 @@ from benchmarks.op import NAIVE, NAIVE_COMPILED, REPEATED, YARDSTICK, OpContest
 
 SHAPES = ((16, 64), (32, 128))
 LENGTHS = (256, 512, 1024, 2048)
-# Of a pair's tokens; 58% is what HH-RLHF's pairs have.
+# Of a pair's tokens. Of HH-RLHF's, 58% are in common prompts, and with what both responses begin with two thirds.
 SHARES = (0.25, 0.58, 0.9)
 LONG_LENGTHS = (4096, 8192, 16384)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

@@ -5,10 +5,11 @@ heads pass through in blocks. What a chunk contains follows from its example alo
 which only decides whether the student's probabilities are kept for the gradient or computed again: so the result does
 not depend on it, nor on the other examples of the batch, not in a bit.
 
-A prefix that segments share is scored once, as rows and as keys: its probabilities are laid out for every segment's
-softmax afterwards, and their gradients summed before they are multiplied. Its rows have the same map in every query
-segment, and as many teachers; so the gradient of an example that shares a prefix takes a sweep of its own, when the
-losses of all its blocks are known.
+A prefix that segments share, where it is half of them or more, is scored once, as rows and as keys: its probabilities are
+laid out for every segment's softmax afterwards, and their gradients summed before they are multiplied. Its rows have the
+same map in every query segment, and as many teachers; so the gradient of an example that shares a prefix takes a sweep of
+its own, when the losses of all its blocks are known. Where they fit in the workspace, the first sweep keeps both models'
+maps for it. A shorter prefix is repeated: two sweeps would take longer than it saves.
 
 With t = TILE_ROWS and N the tokens of an example, the live memory beside inputs, gradients and buffers linear in N is
 workspace_bytes at most where probabilities are kept; where they are not, two blocks of t x N for some of the heads (one
@@ -36,6 +37,10 @@ TILE_ROWS = 64
 # Rows x keys tiles without heads that are live at most: both models' U, their difference, its gradient, by unit and by
 # token, and what transposing them takes.
 AVERAGED_TILES = 10
+# The share of an example's tokens, in all segments, from which on a prefix is scored once. Measured on a CPU with 16 x 64
+# heads: at a quarter that took 15 to 25% more time than a repeated prefix, at 0.58 between 25% more and 15% less, the
+# latter at 2 x 1024 tokens, at 0.9 a quarter to 40% less.
+LEAST_SHARE = 0.5
 # One block of heads of a tile: near a core's second-level cache on a CPU, enough work per launch on an accelerator.
 CPU_HEAD_BLOCK_BYTES, ACCELERATOR_HEAD_BLOCK_BYTES = 1 << 20, 8 << 20
 
@@ -166,9 +171,7 @@ class GroupAttention:
 
     def by_row(self, d_scores: Tensor) -> Tensor:
         """(..., rows of the example) from (..., num_keys): the gradients of a shared prefix's scores summed."""
-        parts = [d_scores[..., keys] for keys in self.segment_keys]
-        prefix = functools.reduce(torch.add, (part[..., : self.prefix] for part in parts))
-        return torch.cat([prefix, *(part[..., self.prefix :] for part in parts)], dim=-1)
+        return _prefixes_summed([d_scores[..., keys] for keys in self.segment_keys], self.prefix, dim=-1)
 
     def rest(self, keys: slice) -> int:
         """Tokens of a segment behind the shared prefix."""
@@ -224,6 +227,12 @@ class GroupAttention:
             yield range(start, min(start + TILE_ROWS, last))
 
 
+def _prefixes_summed(segments: list[Tensor], prefix: int, dim: int) -> Tensor:
+    """What a shared prefix has in every segment summed, and the rest of each behind it."""
+    parts = [segment.split([prefix, segment.shape[dim] - prefix], dim) for segment in segments]
+    return torch.cat([functools.reduce(torch.add, (first for first, _ in parts)), *(rest for _, rest in parts)], dim)
+
+
 class Component(NamedTuple):
     """A part of a block's gradient that is to be multiplied with a factor of its own.
 
@@ -238,21 +247,27 @@ class Component(NamedTuple):
     supports: list[slice]
 
 
+class Maps(NamedTuple):
+    """Some unit rows of U (units, units of the example): the student's, and the teacher's in each query segment."""
+
+    student: Tensor
+    teachers: list[Tensor]
+
+
 class Chunk:
     """Some unit rows against all units of their example: their distances, and what their gradient needs."""
 
-    def __init__(
-        self, problem: MapProblem, student: GroupAttention, teachers: list[Tensor], units: range, needs_grad: bool
-    ):
-        rows = student.side.unit_offsets[units.stop] - student.side.unit_offsets[units.start]
-        tiles = student.heads + (4 if student.prefix else 2) * student.block + len(teachers) * AVERAGED_TILES
-        workspace = tiles * rows * student.num_keys * student.dtype.itemsize
-        self.problem = problem
-        self.student = student
+    def __init__(self, block: Block, units: range, needs_grad: bool, maps: Maps | None = None):
+        self.problem = block.problem
+        self.student = block.student
         self.units = units
-        self.kept = deque() if needs_grad and workspace <= problem.workspace_bytes else None
-        self.map = student.merged_rows(units, self.kept)
-        self.teachers = teachers
+        self.kept = None
+        if maps is None:
+            workspace = block.tile_bytes(units) + block.probability_bytes(units)
+            if needs_grad and workspace <= self.problem.workspace_bytes:
+                self.kept = deque()
+            maps = Maps(self.student.merged_rows(units, self.kept), block.teacher_maps(units))
+        self.map, self.teachers = maps
 
     def distances(self, columns: list[slice]) -> list[Tensor]:
         """(units, segments) for each of the teachers."""
@@ -378,10 +393,27 @@ class Block:
         """The rows of every chunk."""
         return unit_runs(self.student.side.unit_offsets, self.rows)
 
-    def chunk(self, units: range, needs_grad: bool) -> Chunk:
-        """One of the runs."""
-        teachers = [self.teacher_rows(range(units.start + copy, units.stop + copy)) for copy in self.copies]
-        return Chunk(self.problem, self.student, teachers, units, needs_grad)
+    def teacher_maps(self, units: range) -> list[Tensor]:
+        """The teacher's U for some unit rows in every query segment that has them (units, units of the example)."""
+        return [self.teacher_rows(range(units.start + copy, units.stop + copy)) for copy in self.copies]
+
+    def probability_bytes(self, units: range) -> int:
+        """Of the student's P for some unit rows."""
+        return self.student.heads * self._row_bytes(units)
+
+    def tile_bytes(self, units: range) -> int:
+        """Of what else is live at a time for them."""
+        blocks = (4 if self.student.prefix else 2) * self.student.block
+        return (blocks + len(self.copies) * AVERAGED_TILES) * self._row_bytes(units)
+
+    def map_bytes(self) -> int:
+        """Of the Maps of all rows."""
+        columns = self.columns[-1].stop
+        return (1 + len(self.copies)) * len(self.rows) * columns * self.student.dtype.itemsize
+
+    def _row_bytes(self, units: range) -> int:
+        offsets = self.student.side.unit_offsets
+        return (offsets[units.stop] - offsets[units.start]) * self.student.num_keys * self.student.dtype.itemsize
 
     def each_copy(self, rows: Tensor, units: range) -> list[Tensor]:
         """The rows of some units, views, in every query segment that has them."""
@@ -422,9 +454,13 @@ class Block:
 
 
 class ExampleGradients:
-    """dq and dk of one example in the compute dtype, written out when all its blocks are done."""
+    """dq and dk of one example in the compute dtype, written out when all its blocks are done.
 
-    def __init__(self, problem: MapProblem, example: int):
+    ``batch`` is the problem that they are written for; ``problem`` is the same, or has a shared prefix repeated.
+    """
+
+    def __init__(self, problem: MapProblem, example: int, batch: MapProblem):
+        self.problem, self.example, self.batch = problem, example, batch
         rows = problem.example_rows[example]
         self.first, self.last = rows.start, rows.stop
         self.dq, self.dk = (
@@ -444,8 +480,13 @@ class ExampleGradients:
 
     def write(self, dq: Tensor, dk: Tensor) -> None:
         """Copies the sums into the gradients of the whole batch, in their dtype."""
-        dq[self.first : self.last] = self.dq
-        dk[self.first : self.last] = self.dk
+        rows = self.batch.example_rows[self.example]
+        for out, own in ((dq, self.dq), (dk, self.dk)):
+            if len(own) != len(rows):
+                bounds = [segment.start for segment in self.problem.example_segments(self.example)][1:]
+                starts = [self.problem.student.unit_offsets[unit] - self.first for unit in bounds]
+                own = _prefixes_summed(list(own.tensor_split(starts)), self.batch.prefix_tokens(self.example), dim=0)
+            out[rows.start : rows.stop] = own
 
 
 def example_blocks(problem: MapProblem, example: int) -> Iterator[Block]:
@@ -470,16 +511,31 @@ def distance(problem: MapProblem) -> Tensor:
     """Row distances (num_head_groups, total_units, segments)."""
     shape = (problem.num_head_groups, problem.total_units, problem.segments)
     distances = torch.zeros(shape, dtype=problem.dtype, device=problem.q.device)
-    for example in range(problem.num_examples):
-        write_distances(problem, example, distances)
+    for example, own in examples(problem):
+        write_distances(own, example, distances)
     return distances
 
 
-def write_distances(problem: MapProblem, example: int, distances: Tensor) -> None:
-    """An example's row distances, in those of the batch."""
+def examples(batch: MapProblem) -> Iterator[tuple[int, MapProblem]]:
+    """Every example with the problem to take it from: the batch's, or one that repeats a short shared prefix."""
+    repeated = None
+    for example in range(batch.num_examples):
+        prefix = batch.prefix_tokens(example)
+        tokens = len(batch.example_rows[example]) + (batch.segments - 1) * prefix
+        if prefix and batch.segments * prefix < LEAST_SHARE * tokens:
+            repeated = batch.unshared() if repeated is None else repeated
+            yield example, repeated
+        else:
+            yield example, batch
+
+
+def write_distances(problem: MapProblem, example: int, distances: Tensor, kept: deque[Maps] | None = None) -> None:
+    """An example's row distances, in those of the batch; the maps of all chunks are appended to ``kept``, if given."""
     for block in example_blocks(problem, example):
         for units in block.runs():
-            chunk = block.chunk(units, needs_grad=False)
+            chunk = Chunk(block, units, needs_grad=False)
+            if kept is not None:
+                kept.append(Maps(chunk.map, chunk.teachers))
             own = block.each_copy(distances[block.group], units)
             for rows, values in zip(own, chunk.distances(block.columns), strict=True):
                 rows.copy_(values)
@@ -488,23 +544,32 @@ def write_distances(problem: MapProblem, example: int, distances: Tensor) -> Non
 def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor, Tensor]:
     """dq and dk for the incoming gradient of the row distances."""
     dq, dk = problem.zero_gradients(problem.q.dtype)
-    for example in range(problem.num_examples):
-        write_gradients(problem, example, coefficients, dq, dk)
+    for example, own in examples(problem):
+        gradients = ExampleGradients(own, example, problem)
+        add_gradients(own, example, coefficients, gradients)
+        gradients.write(dq, dk)
     return dq, dk
 
 
-def write_gradients(problem: MapProblem, example: int, coefficients: Tensor, dq: Tensor, dk: Tensor) -> None:
-    """An example's gradients, in those of the batch; coefficients (num_head_groups, total_units, segments)."""
-    gradients = ExampleGradients(problem, example)
+def add_gradients(
+    problem: MapProblem,
+    example: int,
+    coefficients: Tensor,
+    gradients: ExampleGradients,
+    kept: deque[Maps] | None = None,
+) -> None:
+    """An example's gradients; coefficients (num_head_groups, total_units, segments).
+
+    ``kept``: what ``write_distances`` kept of the same example; let go of, chunk by chunk.
+    """
     for block in example_blocks(problem, example):
         components = [block.whole()]
         block_dq, block_dk = block.gradient_buffers(components)
         for units in block.runs():
-            chunk = block.chunk(units, needs_grad=True)
+            chunk = Chunk(block, units, needs_grad=True, maps=kept and kept.popleft())
             d_map = chunk.map_gradient(block.each_copy(coefficients[block.group], units), block.columns)
             chunk.add_gradients(d_map, components, block_dq, block_dk, block.first_row)
         gradients.add(block, components[0], block_dq[0], block_dk[0])
-    gradients.write(dq, dk)
 
 
 def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
@@ -519,13 +584,13 @@ def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
     weights = losses.new_ones(problem.total_units) if weights is None else weights.to(problem.dtype)
     averaged = problem.num_head_groups * problem.num_examples
     rows = weights.new_zeros(problem.num_head_groups, problem.total_units, problem.segments)
-    for example in range(problem.num_examples):
-        if problem.shared_prefix(example):
-            losses += two_sweeps(problem, example, options, weights, rows, dq, dk)
-            continue
-        gradients = ExampleGradients(problem, example) if options.needs_grad else None
-        for block in example_blocks(problem, example):
-            losses[block.x] += sweep(block, options, weights, gradients) / averaged
+    for example, own in examples(problem):
+        gradients = ExampleGradients(own, example, problem) if options.needs_grad else None
+        if own.shared_prefix(example):
+            losses += two_sweeps(own, example, options, weights, rows, gradients)
+        else:
+            for block in example_blocks(own, example):
+                losses[block.x] += sweep(block, options, weights, gradients) / averaged
         if gradients is not None:
             gradients.write(dq, dk)
     intra = losses.trace()
@@ -534,13 +599,19 @@ def loss(problem: MapProblem, options: LossOptions) -> LossOutput:
 
 
 def two_sweeps(
-    problem: MapProblem, example: int, options: LossOptions, weights: Tensor, rows: Tensor, dq: Tensor, dk: Tensor
+    problem: MapProblem,
+    example: int,
+    options: LossOptions,
+    weights: Tensor,
+    rows: Tensor,
+    gradients: ExampleGradients | None,
 ) -> Tensor:
-    """The losses of an example's blocks (segments, segments), mean over the head groups; writes its gradients.
+    """The losses of an example's blocks (segments, segments), mean over the head groups, and its gradients if wanted.
 
     rows (num_head_groups, total_units, segments) hold its distances, then d loss / d distance.
     """
-    write_distances(problem, example, rows)
+    kept = deque() if gradients is not None and keeps_maps(problem, example) else None
+    write_distances(problem, example, rows, kept)
     averaged = problem.num_head_groups * problem.num_examples
     losses = []
     for x, units in enumerate(problem.example_segments(example)):
@@ -552,9 +623,16 @@ def two_sweeps(
         block_weights[x] = options.intra_weight / averaged
         known = reduction.row_coefficients(options.reduction, own, own_weights, own_weights.sum(0))
         own.copy_(known * reduction.block_factor(options.reduction, block_losses) * block_weights)
-    if options.needs_grad:
-        write_gradients(problem, example, rows, dq, dk)
+    if gradients is not None:
+        add_gradients(problem, example, rows, gradients, kept)
     return torch.stack(losses)
+
+
+def keeps_maps(problem: MapProblem, example: int) -> bool:
+    """Whether the maps of all of an example's chunks, and what is live beside them, fit in the workspace."""
+    blocks = list(example_blocks(problem, example))
+    tile = max((block.tile_bytes(units) for block in blocks for units in block.runs()), default=0)
+    return sum(block.map_bytes() for block in blocks) + tile <= problem.workspace_bytes
 
 
 def sweep(block: Block, options: LossOptions, weights: Tensor, gradients: ExampleGradients | None) -> Tensor:
@@ -577,7 +655,7 @@ def sweep(block: Block, options: LossOptions, weights: Tensor, gradients: Exampl
 
     def sweep_chunk(units: range) -> Tensor:
         """A chunk lives no longer than this call, so that its kept probabilities never meet the next one's."""
-        chunk = block.chunk(units, needs_grad)
+        chunk = Chunk(block, units, needs_grad)
         (distances,) = chunk.distances(block.columns)
         if needs_grad:
             chunk_weights = weights[units.start : units.stop, None]
