@@ -5,11 +5,11 @@ heads pass through in blocks. What a chunk contains follows from its example alo
 which only decides whether the student's probabilities are kept for the gradient or computed again: so the result does
 not depend on it, nor on the other examples of the batch, not in a bit.
 
-A prefix that segments share, where it is half of them or more, is scored once, as rows and as keys: its probabilities are
-laid out for every segment's softmax afterwards, and their gradients summed before they are multiplied. Its rows have the
-same map in every query segment, and as many teachers; so the gradient of an example that shares a prefix takes a sweep of
-its own, when the losses of all its blocks are known. Where they fit in the workspace, the first sweep keeps both models'
-maps for it. A shorter prefix is repeated: two sweeps would take longer than it saves.
+A prefix that segments share, where it is half of them or more, is scored once, as rows and as keys: its probabilities
+are laid out for every segment's softmax afterwards, and their gradients summed before they are multiplied. Its rows
+have the same map in every query segment, and as many teachers; so the gradient of an example that shares a prefix takes
+a sweep of its own, when the losses of all its blocks are known. Where they fit in the workspace, the first sweep keeps
+both models' maps for it. A shorter prefix is repeated: two sweeps would take longer than it saves.
 
 With t = TILE_ROWS and N the tokens of an example, the live memory beside inputs, gradients and buffers linear in N is
 workspace_bytes at most where probabilities are kept; where they are not, two blocks of t x N for some of the heads (one
@@ -37,9 +37,9 @@ TILE_ROWS = 64
 # Rows x keys tiles without heads that are live at most: both models' U, their difference, its gradient, by unit and by
 # token, and what transposing them takes.
 AVERAGED_TILES = 10
-# The share of an example's tokens, in all segments, from which on a prefix is scored once. Measured on a CPU with 16 x 64
-# heads: at a quarter that took 15 to 25% more time than a repeated prefix, at 0.58 between 25% more and 15% less, the
-# latter at 2 x 1024 tokens, at 0.9 a quarter to 40% less.
+# The share of an example's tokens, in all segments, from which on a prefix is scored once. Measured on a CPU with 16 x
+# 64 heads: at a quarter that took 15 to 25% more time than a repeated prefix, at 0.58 between 25% more and 15% less,
+# the latter at 2 x 1024 tokens, at 0.9 a quarter to 40% less.
 LEAST_SHARE = 0.5
 # One block of heads of a tile: near a core's second-level cache on a CPU, enough work per launch on an accelerator.
 CPU_HEAD_BLOCK_BYTES, ACCELERATOR_HEAD_BLOCK_BYTES = 1 << 20, 8 << 20
