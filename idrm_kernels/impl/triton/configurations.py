@@ -141,6 +141,7 @@ _AMPERE_BF16 = {
     "logsumexp": _by_head_dim((128, 64, 8, 2)),
     "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
     "difference": _by_head_dim((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+    "difference kl": _by_head_dim((128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
     "head_mean": _by_head_dim((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
     "head_mean with bias": _by_head_dim((64, 64, 8, 2)),
     "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
