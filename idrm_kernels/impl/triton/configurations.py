@@ -2,7 +2,7 @@
 
 Pinned for registers: at a head_dim of 64 and of 128, with 32-bit offsets, none of these spills in bf16, fp16 or tf32 on
 sm_80 and sm_90 (tests/idrm_kernels/test_compile_report.py); other head sizes and 64-bit offsets may, a little, and so
-may those for shared prefixes but in bf16 on sm_90. A search changes bits from one machine to the next and is off unless
+do those of shared prefixes on sm_80. A search changes bits from one machine to the next and is off unless
 IDRM_KERNELS_SEARCH=1.
 """
 
@@ -96,7 +96,11 @@ _HOPPER_BF16 = {
 }
 _HOPPER = {
     "bf16": _HOPPER_BF16,
-    "fp16": {**_HOPPER_BF16, "query_gradient": _by_head_dim((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2))},
+    "fp16": {
+        **_HOPPER_BF16,
+        "query_gradient": _by_head_dim((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        "key_gradient shared": _by_head_dim((64, 128, 8, 3), (64, 64, 8, 2)),
+    },
     "tf32": {
         "logsumexp": _by_head_dim((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
         "logsumexp with bias": _by_head_dim((64, 64, 8, 2)),
@@ -155,7 +159,7 @@ _AMPERE = {
     "tf32": {
         "logsumexp": _by_head_dim((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
         "logsumexp with bias": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
-        "difference": _by_head_dim((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        "difference": _by_head_dim((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "head_mean": _by_head_dim((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "head_mean with bias": _by_head_dim((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "query_gradient": _by_head_dim((128, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
