@@ -7,6 +7,9 @@ import triton.language as tl
 
 from idrm_kernels.impl.triton.primitives import FIRST_UNIT, segment_tokens
 
+# The square of 8 roundings of float32.
+ROUNDING = tl.constexpr(1e-12)
+
 
 @triton.jit
 def row_values(distances, row_weights, o_a, m_a, i_g, i_y, total_units, SEGMENTS: tl.constexpr):
@@ -80,7 +83,9 @@ def block_loss_fwd_kernel(
             o_a = a + tl.arange(0, BLOCK_M)
             b_d, b_w = row_values(distances, row_weights, o_a, o_a < last, i_g, i_y, total_units, SEGMENTS)
             if REDUCTION == "row":
-                b_w = tl.where(b_d > 0, 0.5 * b_w / tl.sqrt_rn(tl.where(b_d > 0, b_d, 1.0)), 0.0)
+                # Below it a distance is what rounding left of equal rows, and its root's derivative noise.
+                differs = b_d > ROUNDING
+                b_w = tl.where(differs, 0.5 * b_w / tl.sqrt_rn(tl.where(differs, b_d, 1.0)), 0.0)
             tl.store(coefficients + (i_g * total_units + o_a) * SEGMENTS + i_y, factor * b_w, mask=o_a < last)
 
 

@@ -38,9 +38,12 @@ def compared(b_student, b_teacher, METRIC: tl.constexpr):
         derivative = b_student - b_teacher
         terms = derivative * derivative
     else:
-        # The logarithm of a quotient near 1 and a difference of close numbers lose no bits to cancellation.
         quotient = b_teacher / tl.maximum(b_student, 1e-30)
         terms = b_teacher * tl.log(tl.where(quotient > 0, quotient, 1.0)) + (b_student - b_teacher)
+        # Where the maps are close the two cancel: r - log(1 + r) by its series, of r = student / teacher - 1.
+        r = (b_student - b_teacher) / tl.maximum(b_teacher, 1e-30)
+        series = 0.5 + r * (-1.0 / 3 + r * (0.25 + r * (-0.2 + r * (1.0 / 6))))
+        terms = tl.where(tl.abs(r) < 0.0625, b_teacher * r * r * series, terms)
         derivative = 1.0 - tl.where(b_student > 1e-30, quotient, 0.0)
     return terms, derivative
 
