@@ -100,11 +100,9 @@ struct SharedSweep {
     for_pieces([&](const Rows& rows, int64_t done) {
       clear(buffers.mean, rows.count * tokens.width + kAlignment);
       for (int64_t head = 0; head < heads; ++head) {
-        Numerator* kept = kept_numerators(head, done);
-        T* scores = kRounded || kept == nullptr ? buffers.scores : reinterpret_cast<T*>(kept);
-        find_scores(rows, head, scores);
-        Maps<StudentA>::softmax_of_shared(rows, scores, factors_row(rows, head), buffers.mean);
-        if (kRounded && kept != nullptr) round(rows, scores, kept);
+        find_scores(rows, head, buffers.scores);
+        Maps<StudentA>::softmax_of_shared(rows, buffers.scores, factors_row(rows, head), buffers.mean);
+        if (Numerator* kept = kept_numerators(head, done)) keep(rows, buffers.scores, kept);
       }
       Maps<StudentA>::merge(rows, example.units, chunk.first, buffers.mean, student);
     });
@@ -159,7 +157,7 @@ struct SharedSweep {
         if (numerators == nullptr) {
           find_scores(rows, head, buffers.scores);
           Maps<StudentA>::numerators_of_shared(rows, buffers.scores, factors);
-          if (kRounded) round(rows, buffers.scores, buffers.numerators);
+          if (kRounded) keep(rows, buffers.scores, buffers.numerators);
           numerators = kRounded ? buffers.numerators : reinterpret_cast<const Numerator*>(buffers.scores);
         }
         Packing<StudentA>::natural_rows(
@@ -220,7 +218,7 @@ struct SharedSweep {
     return reinterpret_cast<Numerator*>(chunk.numerators) + (head * rows + row) * ranges.width;
   }
 
-  void round(const Rows& rows, const T* numerators, Numerator* out) const {
+  void keep(const Rows& rows, const T* numerators, Numerator* out) const {
     for (int64_t j = 0; j < rows.count * ranges.width; j += W)
       StudentA::store_numerators(out + j, V::load(numerators + j));
   }
