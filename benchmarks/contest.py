@@ -43,4 +43,6 @@ class Contest(Protocol):
 
 # The fused implementation of each device.
 FUSED = {"cpu": "cpp", "cuda": "triton"}
+# Behind an implementation's name: given a shared prefix in every segment, as a layout without sharing has it.
+REPEATED = "-repeated"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

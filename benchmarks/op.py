@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import roof
-from benchmarks.contest import DTYPES
+from benchmarks.contest import DTYPES, REPEATED
 from benchmarks.measurement import peak_rise
 from idrm_kernels import (
     MapLayout,
@@ -27,8 +27,6 @@ from idrm_kernels.testing.memory import peak_bytes
 YARDSTICK = "sdpa"
 NAIVE = "naive"
 NAIVE_COMPILED = "naive-compiled"
-# Behind an implementation's name: given a shared prefix in every segment, as a layout without sharing has it.
-REPEATED = "-repeated"
 TEACHER_HEADS, TEACHER_HEAD_DIM = 16, 64
 # Lengths at which results are checked by the tests' rule, and from which quadratic memory is foretold.
 CHECKED_LENGTH, FORETOLD_FROM = 320, 256

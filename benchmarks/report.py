@@ -20,16 +20,24 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import FUSED, Contest
+from benchmarks.contest import FUSED, REPEATED, Contest
 from benchmarks.machine import commit
 from benchmarks.measurement import Measurement
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SAVED = Path(".benchmarks")  # where pytest-benchmark keeps what it saves by itself
 # The op's variants in the order of their columns.
-VARIANTS = ("naive", "naive-compiled", "torch", *FUSED.values(), "sdpa")
+IMPLEMENTATIONS = ("torch", *FUSED.values())
+VARIANTS = ("naive", "naive-compiled", *(f"{name}{end}" for name in IMPLEMENTATIONS for end in ("", REPEATED)), "sdpa")
 # Ratios shown, first over second, where both were measured; "fused" is what the device has.
-RATIOS = (("naive", "fused"), ("naive-compiled", "fused"), ("torch", "fused"), ("fused", "sdpa"))
+RATIOS = (
+    ("naive", "fused"),
+    ("naive-compiled", "fused"),
+    ("torch", "fused"),
+    ("torch-repeated", "torch"),
+    ("fused-repeated", "fused"),
+    ("fused", "sdpa"),
+)
 # A training step's baseline, and what is added: (name, variant, the variant without it).
 BASELINE = "bradley-terry"
 ADDITIONS = (
@@ -150,7 +158,7 @@ def _op_tables(contests: Sequence[Sequence[Row]]) -> str:
     named = {row.variant for members in contests for row in members}
     variants = [name for name in VARIANTS if name in named]
     fused = next((name for name in FUSED.values() if name in named), None)
-    ratios = [tuple(fused if name == "fused" else name for name in pair) for pair in RATIOS]
+    ratios = [tuple(name.replace("fused", fused or "fused") for name in pair) for pair in RATIOS]
     ratios = [pair for pair in ratios if set(pair) <= named]
     roof_column = [f"{fused}: roof / time"] if fused else []
     times = [["contest", *variants, *(f"{a} / {b}" for a, b in ratios), *roof_column]]

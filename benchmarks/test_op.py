@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.contest import FUSED
-from benchmarks.op import NAIVE, NAIVE_COMPILED, REPEATED, YARDSTICK, OpContest
+from benchmarks.contest import FUSED, REPEATED
+from benchmarks.op import NAIVE, NAIVE_COMPILED, YARDSTICK, OpContest
 
 SHAPES = ((16, 64), (32, 128))
 LENGTHS = (256, 512, 1024, 2048)

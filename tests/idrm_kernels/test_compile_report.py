@@ -19,22 +19,22 @@ def report(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("arch", "head_dims", "variants"),
+    ("arch", "variants"),
     [
-        # The greater one needs more registers, and compiling takes half a minute for both.
-        ("sm_80", {128}, compile_report.UNSHARED_VARIANTS),
-        ("sm_90", {64, 128}, compile_report.UNSHARED_VARIANTS),
-        ("sm_90", {128}, compile_report.SHARED_VARIANTS),
+        ("sm_80", compile_report.UNSHARED_VARIANTS),
+        ("sm_90", compile_report.UNSHARED_VARIANTS),
+        ("sm_90", compile_report.SHARED_VARIANTS),
     ],
     ids=["sm_80", "sm_90", "sm_90-shared"],
 )
-def test_nothing_spills(arch, head_dims, variants, tmp_path):
+def test_nothing_spills(arch, variants, tmp_path):
+    """At head_dim 128: a smaller one needs fewer registers."""
     path = tmp_path / "report.json"
-    flags = ("--head-dim", *map(str, sorted(head_dims)), "--json", str(path), "--variant", *variants)
+    flags = ("--head-dim", "128", "--json", str(path), "--variant", *variants)
     result = report("--arch", arch, "--dtype", "bf16", *flags)
     assert result.returncode == 0, result.stderr
     rows = json.loads(path.read_text())
-    assert {row["head_dim"] for row in rows} == head_dims
+    assert {row["head_dim"] for row in rows} == {128}
     assert not [row for row in rows if row["spilled_bytes"]], result.stdout
     # What every GPU of the kind has: the smallest of those that take the tables of sm_80 is sm_86's.
     assert max(row["shared_bytes"] for row in rows) <= {"sm_80": 99, "sm_90": 227}[arch] * 1024
