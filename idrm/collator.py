@@ -150,7 +150,7 @@ class PairCollator:
                 (first_row + row) * teacher_width + column for row, n in enumerate(lengths) for column in range(n)
             ]
             first_row += len(lengths)
-            shared = shared_units(pair["student_positions"], pair["student_units"], places[example].shared)
+            shared = shared_prefix_len(pair["student_positions"], pair["student_units"], places[example].shared)
             shared_prefix_lens.append(shared)
             for segment in range(SEGMENTS):
                 positions, joint_positions = pair["student_positions"][segment], pair["teacher_positions"][segment]
@@ -208,7 +208,7 @@ def padded_pairs(rows: int, width: int) -> list[PaddedPair]:
     return [PaddedPair((row * width, (row + rows // 2) * width)) for row in range(rows // 2)]
 
 
-def shared_units(positions: Sequence[Sequence[int]], units: Sequence[Sequence[int]], shared: int) -> int:
+def shared_prefix_len(positions: Sequence[Sequence[int]], units: Sequence[Sequence[int]], shared: int) -> int:
     """Tokens that take part and are the same whole units at the beginning of both segments.
 
     Args:

@@ -24,7 +24,7 @@ import functools
 import itertools
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -512,7 +512,7 @@ def distance(problem: MapProblem) -> Tensor:
     shape = (problem.num_head_groups, problem.total_units, problem.segments)
     distances = torch.zeros(shape, dtype=problem.dtype, device=problem.q.device)
     for example, own in examples(problem):
-        write_distances(own, example, distances)
+        write_distances(example_blocks(own, example), distances)
     return distances
 
 
@@ -529,9 +529,9 @@ def examples(batch: MapProblem) -> Iterator[tuple[int, MapProblem]]:
             yield example, batch
 
 
-def write_distances(problem: MapProblem, example: int, distances: Tensor, kept: deque[Maps] | None = None) -> None:
-    """An example's row distances, in those of the batch; the maps of all chunks are appended to ``kept``, if given."""
-    for block in example_blocks(problem, example):
+def write_distances(blocks: Iterable[Block], distances: Tensor, kept: deque[Maps] | None = None) -> None:
+    """The row distances of blocks, in those of the batch; the maps of all chunks are appended to ``kept``, if given."""
+    for block in blocks:
         for units in block.runs():
             chunk = Chunk(block, units, needs_grad=False)
             if kept is not None:
@@ -546,23 +546,19 @@ def distance_backward(coefficients: Tensor, problem: MapProblem) -> tuple[Tensor
     dq, dk = problem.zero_gradients(problem.q.dtype)
     for example, own in examples(problem):
         gradients = ExampleGradients(own, example, problem)
-        add_gradients(own, example, coefficients, gradients)
+        add_gradients(example_blocks(own, example), coefficients, gradients)
         gradients.write(dq, dk)
     return dq, dk
 
 
 def add_gradients(
-    problem: MapProblem,
-    example: int,
-    coefficients: Tensor,
-    gradients: ExampleGradients,
-    kept: deque[Maps] | None = None,
+    blocks: Iterable[Block], coefficients: Tensor, gradients: ExampleGradients, kept: deque[Maps] | None = None
 ) -> None:
-    """An example's gradients; coefficients (num_head_groups, total_units, segments).
+    """The gradients of an example's blocks; coefficients (num_head_groups, total_units, segments).
 
-    ``kept``: what ``write_distances`` kept of the same example; let go of, chunk by chunk.
+    ``kept``: what ``write_distances`` kept of the same blocks; let go of, chunk by chunk.
     """
-    for block in example_blocks(problem, example):
+    for block in blocks:
         components = [block.whole()]
         block_dq, block_dk = block.gradient_buffers(components)
         for units in block.runs():
@@ -610,8 +606,9 @@ def two_sweeps(
 
     rows (num_head_groups, total_units, segments) hold its distances, then d loss / d distance.
     """
-    kept = deque() if gradients is not None and keeps_maps(problem, example) else None
-    write_distances(problem, example, rows, kept)
+    blocks = list(example_blocks(problem, example))
+    kept = deque() if gradients is not None and keeps_maps(blocks, problem.workspace_bytes) else None
+    write_distances(blocks, rows, kept)
     averaged = problem.num_head_groups * problem.num_examples
     losses = []
     for x, units in enumerate(problem.example_segments(example)):
@@ -624,15 +621,14 @@ def two_sweeps(
         known = reduction.row_coefficients(options.reduction, own, own_weights, own_weights.sum(0))
         own.copy_(known * reduction.block_factor(options.reduction, block_losses) * block_weights)
     if gradients is not None:
-        add_gradients(problem, example, rows, gradients, kept)
+        add_gradients(blocks, rows, gradients, kept)
     return torch.stack(losses)
 
 
-def keeps_maps(problem: MapProblem, example: int) -> bool:
-    """Whether the maps of all of an example's chunks, and what is live beside them, fit in the workspace."""
-    blocks = list(example_blocks(problem, example))
+def keeps_maps(blocks: Sequence[Block], workspace_bytes: int) -> bool:
+    """Whether the maps of all chunks of some blocks, and what is live beside them, fit in the workspace."""
     tile = max((block.tile_bytes(units) for block in blocks for units in block.runs()), default=0)
-    return sum(block.map_bytes() for block in blocks) + tile <= problem.workspace_bytes
+    return sum(block.map_bytes() for block in blocks) + tile <= workspace_bytes
 
 
 def sweep(block: Block, options: LossOptions, weights: Tensor, gradients: ExampleGradients | None) -> Tensor:

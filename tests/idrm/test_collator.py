@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from idrm.alignment import PairEncoder
-from idrm.collator import PairCollator, shared_units
+from idrm.collator import PairCollator, shared_prefix_len
 
 RECORDS = [
     {
@@ -75,8 +75,8 @@ def test_in_one_row_the_units_that_both_begin_with_are_named_once(encoded, stude
         pytest.param([[], [1]], [[], [0]], 9, 0, id="nothing takes part"),
     ],
 )
-def test_shared_units(positions, units, shared, expected):
-    assert shared_units(positions, units, shared) == expected
+def test_shared_prefix_len(positions, units, shared, expected):
+    assert shared_prefix_len(positions, units, shared) == expected
 
 
 def test_a_pair_read_in_windows_has_a_row_for_each(student_tokenizer, teacher_tokenizer):
